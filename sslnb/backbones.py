@@ -1,0 +1,94 @@
+"""Backbones: timm models by name, made ready for self-supervision.
+
+A backbone is a timm model with `num_classes=0`: (B, 3, H, W) -> (B, num_features). Its state dict has timm's plain
+names, so what is trained here loads anywhere timm does.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InputError, unknown
+
+# Small backbones for a CPU and small images, as timm base name and arguments.
+MINI = {
+    "resnet_mini": ("resnet18", {"layers": (1, 1, 1), "channels": (32, 64, 128)}),
+    "vit_mini": ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 4}),
+}
+SMALL_IMAGE = 64  # up to this size a ResNet gets the 3x3 stem without pooling; 7x7/2 + pool would leave 2x2 maps
+
+
+def build(name: str, size: int, **arguments) -> nn.Module:
+    """A randomly initialised backbone for square images of `size` pixels; `arguments` go to timm.create_model.
+
+    ResNets for images of at most 64 px get the small-image stem (3x3 stride 1, no max-pool) that every published
+    CIFAR number of these methods uses; ViTs get `img_size` and must be divisible by their patch.
+    """
+    import timm
+
+    base, mini = MINI.get(name, (name, {}))
+    if not timm.is_model(base):
+        unknown("backbone", name, [*MINI, *timm.list_models("resnet*"), *timm.list_models("vit_*")][:40] + [name[:0]])
+    arguments = {**mini, **arguments, "num_classes": 0}
+    if base.startswith(("vit", "deit", "beit", "swin")):
+        patch = arguments.get("patch_size") or _patch_in(base)
+        if patch and size % patch:
+            raise InputError(f"size {size} cannot be cut into patches of {patch} px for {name}; "
+                             f"use {size // patch * patch or patch} or another multiple of {patch}.")
+        arguments["img_size"] = size
+    model = timm.create_model(base, pretrained=False, **arguments)
+    if size <= SMALL_IMAGE and isinstance(model, timm.models.ResNet):
+        _small_image_stem(model)
+    return model
+
+
+def _patch_in(name: str) -> int | None:
+    """16 from "vit_base_patch16_224"."""
+    digits = name.partition("patch")[2].partition("_")[0]
+    return int(digits) if digits.isdigit() else None
+
+
+def _small_image_stem(resnet: nn.Module) -> None:
+    resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+    resnet.maxpool = nn.Identity()
+
+
+POOLS = ("model", "mean", "cls")
+
+
+def features(backbone: nn.Module, x: Tensor, pool: str = "model") -> Tensor:
+    """(B, 3, H, W) -> (B, D). pool: "model" (timm's own forward), "mean" (of a ViT's patch tokens), "cls"."""
+    if pool not in POOLS:
+        unknown("pool", pool, POOLS)
+    if pool == "model":
+        return backbone(x)
+    tokens = backbone.forward_features(x)  # B x (prefix + L) x D, after the final norm
+    prefix = backbone.num_prefix_tokens
+    return tokens[:, prefix:].mean(1) if pool == "mean" else tokens[:, 0]
+
+
+def encode_visible(vit: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
+    """Run a timm ViT on the visible patches ONLY: images (B, 3, H, W), keep (B, K) -> (B, 1 + K, D), class token first.
+
+    Position embeddings are added before patches are dropped, so each visible patch keeps its own.
+    """
+    x = vit.patch_embed(images)
+    x = x + vit.pos_embed[:, 1:]
+    x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))
+    cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
+    return vit.norm(vit.blocks(vit.norm_pre(torch.cat([cls, x], 1))))
+
+
+def sincos_position(side: int, dim: int, first: str = "column") -> Tensor:
+    """Fixed 2-D sine-cosine positions for a class token and side² patches: (1, 1 + side², dim), the class row zero.
+
+    Half of the vector encodes one axis as [sin, cos] with dim/4 frequencies 10000^(-k/(dim/4)). MAE's official code
+    puts the column first, MoCo v3's the row: their tables differ, so a checkpoint must bring its own.
+    """
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    axis = torch.arange(side, dtype=torch.float64)[:, None] * omega
+    axis = torch.cat([axis.sin(), axis.cos()], 1)  # side x dim/2
+    row, column = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    halves = (column, row) if first == "column" else (row, column)
+    table = torch.cat(halves, -1).reshape(side * side, dim)
+    return torch.cat([torch.zeros(1, dim), table.float()])[None]

@@ -1,0 +1,129 @@
+"""Frozen features: what every probe sees of a backbone, and the honest baselines beside it."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslnb.evaluate.pixels import normalise, read, to_batch
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RAW_PIXELS_SIZE = 32  # 3,072 numbers per image: about as many as the features it is compared with
+
+
+@dataclass
+class Features:
+    """N images as vectors; row i belongs to image `index[i]`."""
+
+    x: Tensor  # (N, D) float32 on the CPU
+    labels: Tensor | None  # (N,) int64
+    index: Tensor  # (N,) int64, position in the data set
+    broken: list[str]  # one sentence per image that could not be read; those have no row
+
+
+def extract(backbone: nn.Module, images, *, size: int, pool: str = "model", mean: Sequence[float] = IMAGENET_MEAN,
+            std: Sequence[float] = IMAGENET_STD, batch: int = 256, device: str | torch.device = "cpu",
+            workers: int = 0, limit: int | None = None) -> Features:
+    """Features of all images (or of `limit` of them, drawn once with a fixed seed), in the order of the data set.
+
+    `pool`: "model" (the model's own forward), "mean" (patch tokens) or "cls". The backbone moves to `device` and
+    stays there; its training flags come back as they were and its BatchNorm statistics are not touched.
+    """
+    from sslnb.backbones import features
+
+    backbone.to(device)
+    rows, index, broken = [], [], []
+    chunks = _Chunks(images, _chosen(len(images), limit).split(batch), size)
+    # Its own generator: a loader draws a seed, and taking it from the global one would disturb a running training.
+    loader = torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=workers, generator=torch.Generator())
+    with torch.no_grad(), _eval_mode(backbone):
+        for pixels, kept, bad in loader:
+            broken += bad
+            index += kept
+            if kept:
+                z = features(backbone, normalise(pixels.to(device), mean, std), pool)  # B x D
+                rows.append(z.float().cpu())
+    return _features(images, rows, index, broken)
+
+
+def raw_pixels(images, size: int, limit: int | None = None) -> Features:
+    """The baseline without any network: flattened pixels in [0, 1], at most 32 x 32."""
+    rows, index, broken = [], [], []
+    for chunk in _chosen(len(images), limit).split(256):
+        pixels, kept, bad = read(images, chunk.tolist(), min(size, RAW_PIXELS_SIZE))
+        rows.append(pixels.float().flatten(1) / 255)
+        index += kept
+        broken += bad
+    return _features(images, rows, index, broken)
+
+
+def calibrated(backbone: nn.Module, images, *, size: int, mean: Sequence[float] = IMAGENET_MEAN,
+               std: Sequence[float] = IMAGENET_STD, batches: int = 8, batch: int = 128, seed: int = 0) -> nn.Module:
+    """A copy of the backbone whose BatchNorm statistics are estimated on these images; no weight changes.
+
+    An untrained network still has mean 0 and variance 1 there, which lets its activations vanish or explode and
+    makes any trained network look good. This copy is what "random initialisation" has to mean in a comparison.
+    """
+    twin = copy.deepcopy(backbone)
+    norms = [m for m in twin.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return twin
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    device = next(twin.parameters()).device
+    with torch.no_grad(), _eval_mode(twin):
+        momenta = [m.momentum for m in norms]
+        for m in norms:
+            m.reset_running_stats()
+            m.momentum = None  # a plain average over the batches
+            m.train()
+        # A smaller last batch would weigh as much as a full one in that average: leave it out, unless it is all.
+        whole = [c for c in order.split(batch)[:batches] if len(c) == min(batch, len(order))]
+        for chunk in whole:
+            x, kept = to_batch(images, chunk.tolist(), size, mean, std)
+            if len(kept) > 1:
+                twin(x.to(device))
+        for m, momentum in zip(norms, momenta):
+            m.momentum = momentum
+    return twin
+
+
+class _Chunks(torch.utils.data.Dataset):
+    """Item i is the i-th chunk of images, read and cropped as uint8: what a loader worker sends back."""
+
+    def __init__(self, images, chunks: Sequence[Tensor], size: int):
+        self.images, self.chunks, self.size = images, chunks, size
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, list[int], list[str]]:
+        return read(self.images, self.chunks[i].tolist(), self.size)
+
+
+@contextlib.contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule gets back its own flag, for parts may be frozen on purpose."""
+    flags = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, flag in flags.items():
+            m.training = flag
+
+
+def _chosen(n: int, limit: int | None) -> Tensor:
+    """All indices, or `limit` of them at random: the first ones of a sorted data set would be a single class."""
+    if limit is None or limit >= n:
+        return torch.arange(n)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+
+
+def _features(images, rows: list[Tensor], index: list[int], broken: list[str]) -> Features:
+    x = torch.cat(rows) if rows else torch.zeros(0, 0)
+    labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
+    return Features(x, labels, torch.tensor(index, dtype=torch.long), broken)

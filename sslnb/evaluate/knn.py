@@ -1,0 +1,96 @@
+"""Weighted k-nearest-neighbour classification of frozen features: nothing is learned, so nothing can be tuned away.
+
+The k most similar training images vote for their class with weight exp(s / τ), s the cosine similarity
+(arXiv 1805.01978; k = 20 and τ = 0.07 as in facebookresearch/dino eval_knn.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslnb.errors import InputError
+
+BANK_CHUNKS = 16  # bank rows per step, as a multiple of the test rows: 1024 x 16384 similarities are 64 MB
+
+
+@dataclass
+class KNN:
+    """Accuracies in %; `top5` is None where it means nothing (k < 5 or at most 5 classes)."""
+
+    top1: float
+    top5: float | None
+    predictions: Tensor  # (M,) int64
+
+
+def weighted_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20,
+                 temperature: float = 0.07, chunk: int = 1024, exclude_self: bool = False) -> KNN:
+    """Classify test (M, D) by its k nearest rows of train (N, D); labels (N,), (M,) count from 0, gaps allowed.
+
+    Works in pieces of `chunk` tests by 16 * `chunk` training rows, so the N x M similarities never exist at once;
+    the bank may stay on the CPU while the tests are on a GPU. `exclude_self`: train and test are the same rows, and
+    no image may be its own neighbour (leave-one-out). A class nobody voted for is never a top-5 hit.
+    Raises InputError for sizes that do not fit and for k larger than the bank.
+    """
+    _check(train, train_labels, test, test_labels, k, temperature, exclude_self)
+    train_labels, test_labels = train_labels.to(test.device), test_labels.to(test.device)
+    classes = 1 + int(max(train_labels.max(), test_labels.max()))
+    predictions, hits5 = [], 0
+    for start in range(0, len(test), chunk):
+        queries = F.normalize(test[start:start + chunk].float(), dim=1)  # m x D
+        s, rows = _nearest(train, queries, k, BANK_CHUNKS * chunk, start if exclude_self else None)
+        votes = _votes(s, train_labels[rows], classes, temperature)  # m x C
+        predictions.append(votes.argmax(1))
+        best, ranked = votes.topk(min(5, classes), dim=1)
+        hits5 += int(((ranked == test_labels[start:start + chunk, None]) & (best > 0)).sum())
+    predictions = torch.cat(predictions)
+    top1 = 100 * float((predictions == test_labels).float().mean())
+    return KNN(top1, 100 * hits5 / len(test) if k >= 5 and classes > 5 else None, predictions)
+
+
+def _nearest(bank: Tensor, queries: Tensor, k: int, step: int, first: int | None) -> tuple[Tensor, Tensor]:
+    """The k largest cosine similarities (m, k) and their rows in the bank (m, k), keeping a running best k.
+
+    `first`: number of the first query when the queries are rows of the bank that must not find themselves.
+    """
+    best = queries.new_full((len(queries), 0), 0)
+    rows = torch.zeros(len(queries), 0, dtype=torch.long, device=queries.device)
+    for start in range(0, len(bank), step):
+        part = F.normalize(bank[start:start + step].to(queries.device).float(), dim=1)  # n x D
+        s = queries @ part.T  # m x n
+        number = torch.arange(start, start + len(part), device=queries.device)
+        if first is not None:
+            own = torch.arange(first, first + len(queries), device=queries.device)
+            s = s.masked_fill(own[:, None] == number, -torch.inf)
+        s, near = s.topk(min(k, len(part)), dim=1)
+        best, order = torch.cat([best, s], 1).topk(min(k, best.shape[1] + s.shape[1]), dim=1)
+        rows = torch.cat([rows, number[near]], 1).gather(1, order)
+    return best, rows
+
+
+def _votes(s: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
+    """Sum of exp(s / τ) per class, (m, C), in float32.
+
+    The nearest neighbour's similarity is taken off first: it scales a whole row, so the ranking stays, and small
+    temperatures cannot overflow.
+    """
+    weights = ((s - s[:, :1]) / temperature).exp()  # m x k
+    return torch.zeros(len(s), classes, device=s.device).scatter_add_(1, labels, weights)
+
+
+def _check(train, train_labels, test, test_labels, k, temperature, exclude_self) -> None:
+    if len(train) != len(train_labels) or len(test) != len(test_labels):
+        raise InputError(f"Features and labels differ in number: {len(train)} and {len(train_labels)} in train, "
+                         f"{len(test)} and {len(test_labels)} in test. Give one label per row.")
+    if exclude_self and len(train) != len(test):
+        raise InputError(f"exclude_self needs the same rows on both sides, not {len(train)} and {len(test)}.")
+    bank = len(train) - 1 if exclude_self else len(train)
+    if not 1 <= k <= bank:
+        raise InputError(f"k={k} neighbours cannot be taken from {bank} images: choose k from 1 to {bank}.")
+    if len(test) == 0:
+        raise InputError("The test set is empty: there is nothing to classify.")
+    if temperature <= 0:
+        raise InputError(f"temperature={temperature} must be positive, for example 0.07.")
+    if min(train_labels.min(), test_labels.min()) < 0:
+        raise InputError("Labels must count from 0: take unlabelled images (-1) out first.")

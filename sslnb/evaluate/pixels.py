@@ -1,0 +1,54 @@
+"""From image files to the pixels a frozen backbone sees: the test transform of every probe.
+
+Short side to `size * 256 / 224`, then the central square of `size`, bicubic (the convention of DINO's kNN and MAE's
+probe). Below 96 pixels that margin would cost real content, so small images are resized to `size` itself; what is cut
+off then is only what a square cannot hold.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MARGIN, MARGIN_FROM = 256 / 224, 96
+
+
+def to_batch(images, indices: Sequence[int], size: int, mean: Sequence[float], std: Sequence[float]
+             ) -> tuple[Tensor, list[int]]:
+    """The named images, resized, cropped, normalised: (B, 3, size, size) float32 and the B indices it holds.
+
+    Images that cannot be read are left out of both, so `len(indices) - B` of them are broken.
+    """
+    pixels, kept, _ = read(images, indices, size)
+    return normalise(pixels, mean, std), kept
+
+
+def read(images, indices: Sequence[int], size: int) -> tuple[Tensor, list[int], list[str]]:
+    """Pixels (B, 3, size, size) uint8, the indices they belong to, one sentence per broken image."""
+    from sslnb.data import BrokenImage
+
+    pixels, kept, broken = [np.zeros((0, size, size, 3), np.uint8)], [], []
+    for i in indices:
+        try:
+            pixels.append(np.asarray(_central_square(images[i], size))[None])
+            kept.append(int(i))
+        except BrokenImage as error:
+            broken.append(str(error))
+    return torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2), kept, broken
+
+
+def _central_square(image: Image.Image, size: int) -> Image.Image:
+    short = round(size * MARGIN) if size >= MARGIN_FROM else size
+    w, h = image.size
+    if min(w, h) != short:
+        w, h = max(short, round(w * short / min(w, h))), max(short, round(h * short / min(w, h)))
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = (w - size) // 2, (h - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    shift, scale = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (pixels.float() / 255 - shift) / scale

@@ -1,0 +1,67 @@
+"""Results as data: intervals, one JSON object per line, and a table to read."""
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from sslnb.errors import InputError
+
+
+def interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion of `correct` out of `n`, as fractions in [0, 1].
+
+    It says how far the accuracy could be off because the test set is finite; it knows nothing of training seeds.
+    """
+    if not 0 <= correct <= n or n < 1:
+        raise InputError(f"{correct} correct out of {n} is not a proportion: need 0 <= correct <= n and n >= 1.")
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    p = correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Student-t interval of the mean of one value per seed, in the values' unit. Needs two seeds at least."""
+    if len(values) < 2:
+        raise InputError(f"An interval over seeds needs at least two values, not {len(values)}: run another seed.")
+    from scipy.stats import t
+
+    half = t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - float(half), mean + float(half)
+
+
+def append(path: Path, row: dict) -> None:
+    """Add one row to a file of JSON lines; it is on the disk when this returns, so a crash loses no finished row."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
+    """Rows of `evaluate` as aligned text: features down, protocols across, "88.1 [86.0, 89.9]" in %.
+
+    A later row replaces an earlier one of the same features and protocol. `published` numbers (dicts with `top1`,
+    `protocol`, `source`) come below, in lines of their own: they belong to other data and protocols than the cells
+    above.
+    """
+    sources = list(dict.fromkeys(row["source"] for row in rows))
+    protocols = list(dict.fromkeys(row["protocol"] for row in rows))
+    cells = {(row["source"], row["protocol"]): _cell(row) for row in rows}
+    grid = [["features", *protocols]]
+    grid += [[s, *(cells.get((s, p), "–") for p in protocols)] for s in sources]
+    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in grid]
+    lines += [f"published ({p['protocol']}, {p['source']}): {p['top1']:.1f}" for p in published or ()]
+    return "\n".join(lines)
+
+
+def _cell(row: dict) -> str:
+    low, high = row["interval"]
+    return f"{row['top1']:.1f} [{low:.1f}, {high:.1f}]"

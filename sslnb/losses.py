@@ -1,0 +1,31 @@
+"""Losses that more than one method uses, each checked against nested loops in tests/test_losses.py. All in float32."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .parts import full_precision, gather, normalized, world
+
+
+@full_precision
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+    """Normalised temperature-scaled cross-entropy over the batch of ALL processes (SimCLR, arXiv 2002.05709, eq. 1).
+
+    z1, z2: (n, d) projections of the two views on this process. Returns the mean over this process's 2n anchors;
+    averaged over processes (as DDP averages gradients) it is the loss of the global batch, gradients included.
+    """
+    n, (rank, _) = len(z1), world()
+    z1, z2 = normalized(z1), normalized(z2)
+    everyone = torch.cat([gather(z1), gather(z2)])  # 2N x d
+    N = len(everyone) // 2
+    similarity = torch.cat([z1, z2]) @ everyone.T / temperature  # 2n x 2N
+    mine = rank * n + torch.arange(n, device=z1.device)  # my rows among the N
+    itself, partner = torch.cat([mine, N + mine]), torch.cat([N + mine, mine])
+    similarity = similarity.scatter(1, itself[:, None], float("-inf"))
+    return F.cross_entropy(similarity, partner)
+
+
+@full_precision
+def regression(p: Tensor, z: Tensor) -> Tensor:
+    """Mean of 2 − 2 cos(p, z): the squared distance of unit vectors (BYOL, arXiv 2006.07733, eq. 2). p, z: (n, d)."""
+    return (2 - 2 * (normalized(p) * normalized(z)).sum(-1)).mean()

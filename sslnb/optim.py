@@ -1,0 +1,90 @@
+"""Optimizers and the learning rate. The learning rate is a pure function of the global step: nothing to save, nothing
+for Accelerate to step too often."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import unknown
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (arXiv 1708.03888) in the form of BYOL's, Barlow Twins' and MoCo v3's code.
+
+        g ← ∇ + λ w,   ρ = η ‖w‖ / ‖g‖,   v ← μ v + ρ g,   w ← w − lr v
+
+    Tensors with at most one dimension (biases, norms) skip both λ and ρ. Two public variants differ: timm divides by
+    ‖∇‖ + λ ‖w‖, and OpenMixup's default never computes ρ, which makes it plain SGD at the lr of LARS.
+    """
+
+    def __init__(self, params, lr: float, sgd_momentum: float = 0.9, weight_decay: float = 0.0, trust: float = 1e-3):
+        super().__init__(params, dict(lr=lr, sgd_momentum=sgd_momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            for w in (w for w in group["params"] if w.grad is not None):
+                g = w.grad
+                if w.ndim > 1:
+                    g = g + group["weight_decay"] * w
+                    norm_w, norm_g = w.norm(), g.norm()
+                    rho = group["trust"] * norm_w / norm_g
+                    g = g * torch.where((norm_w > 0) & (norm_g > 0), rho, 1.0)
+                v = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                v.mul_(group["sgd_momentum"]).add_(g)
+                w.sub_(v, alpha=group["lr"])
+
+
+OPTIMIZERS = ("sgd", "lars", "adamw")
+
+
+def build(groups: list[dict], recipe) -> torch.optim.Optimizer:
+    """The recipe's optimizer over parameter groups; a group may hold "lr_scale", or "fixed_lr" to ignore the schedule."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "lars":
+        return LARS(groups, lr=recipe.lr, sgd_momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    unknown("optimizer", recipe.optimizer, OPTIMIZERS)
+
+
+def decay_groups(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> list[dict]:
+    """Weight decay on matrices only: tensors with at most one dimension (biases, norms) get none.
+
+    Rule of Barlow Twins', MoCo v3's and MAE's code. Regular expressions on names miss the norm of a ResNet shortcut.
+    """
+    named = [(name, p) for name, p in named if p.requires_grad]
+    return [{"params": [p for _, p in named if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0}]
+
+
+def lr_at(step: int, *, lr: float, total: int, warmup: int, schedule: str = "cosine", min_lr: float = 0.0,
+          milestones: tuple[int, ...] = (), gamma: float = 0.1) -> float:
+    """Learning rate of optimizer step `step` (0 … total-1); all lengths are in optimizer steps.
+
+    Linear from 0 to lr over `warmup`, then "cosine" to min_lr, "step" (times gamma at each milestone) or "constant".
+    The cosine starts AFTER the warm-up as in the official codes; OpenMMLab's runs under it and peaks lower.
+    """
+    if step < warmup:
+        return lr * step / warmup
+    if schedule == "cosine":
+        progress = (step - warmup) / max(1, total - warmup)
+        return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "step":
+        return lr * gamma ** sum(step >= m for m in milestones)
+    if schedule == "constant":
+        return lr
+    unknown("schedule", schedule, ("cosine", "step", "constant"))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its learning rate: its own fixed one, or lr times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.get("fixed_lr", lr * group.get("lr_scale", 1.0))
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
