@@ -11,7 +11,7 @@ from .errors import InputError, unknown
 
 # Small backbones for a CPU and small images, as timm base name and arguments.
 MINI = {
-    "resnet_mini": ("resnet18", {"layers": (1, 1, 1), "channels": (32, 64, 128)}),
+    "resnet_mini": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}),
     "vit_mini": ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 4}),
 }
 SMALL_IMAGE = 64  # up to this size a ResNet gets the 3x3 stem without pooling; 7x7/2 + pool would leave 2x2 maps
@@ -48,8 +48,9 @@ def _patch_in(name: str) -> int | None:
 
 
 def _small_image_stem(resnet: nn.Module) -> None:
-    resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(resnet.conv1, nn.Conv2d):  # a deep stem is 3x3 already
+        resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
     resnet.maxpool = nn.Identity()
 
 

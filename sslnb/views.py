@@ -12,7 +12,7 @@ self-supervision; this split is what makes it cheap.
 
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -65,7 +65,9 @@ class RandomResizedCrop(ImageOp):
         return left, top, left + w, top + h
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        return image.resize((self.size, self.size), _resampling(self.interpolation), box=self.box(*image.size, rng))
+        # Cropped first: Pillow's resize(box=…) lets pixels from outside the box bleed in, torchvision's does not.
+        cropped = image.crop(self.box(*image.size, rng))
+        return cropped.resize((self.size, self.size), _resampling(self.interpolation))
 
 
 @dataclass(frozen=True)
@@ -264,12 +266,6 @@ class Views:
         seeds = [seed * 1_000_003 + i for i in range(len(images))]
         crops = [self.crop(image, random.Random(s)) for image, s in zip(images, seeds, strict=True)]
         return self.photometric([torch.stack(view) for view in zip(*crops, strict=True)], torch.tensor(seeds))
-
-    def changed(self, **numbers) -> "Views":
-        """The same views with some numbers replaced wherever an op has them (for explorers): `scale=(0.5, 1)`."""
-        def new(op):
-            return replace(op, **{k: v for k, v in numbers.items() if k in op.__dataclass_fields__})
-        return Views(*(View(*map(new, (*view.image_ops, *view.batch_ops))) for view in self.views))
 
 
 def _on_some(x: Tensor, on: Tensor, op, *parameters: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from sslnb.errors import InputError, unknown
-from sslnb.evaluate.features import IMAGENET_MEAN, IMAGENET_STD, Features, calibrated, extract, raw_pixels
+from sslnb.errors import unknown
 from sslnb.evaluate.knn import weighted_knn
 from sslnb.evaluate.linear import linear_probe
 from sslnb.evaluate.results import append, interval, mean_interval, table
+from sslnb.evaluate.sources import Subject, open_source, subjects
 
 __all__ = ["PROTOCOLS", "Outcome", "Subject", "evaluate", "interval", "mean_interval", "table"]
 
@@ -26,31 +26,8 @@ DEFAULT_DATA = "digits_scattered"
 
 
 @dataclass
-class Subject:
-    """What is being evaluated: a backbone with the input it expects, or raw pixels (`backbone=None`)."""
-
-    name: str
-    backbone: torch.nn.Module | None
-    size: int
-    pool: str = "model"
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-    device: str | torch.device = "cpu"
-    workers: int = 0
-    _cache: dict[int, Features] = field(default_factory=dict, repr=False)
-
-    def features(self, images) -> Features:
-        """Features of `images`, computed once per set of images, so that several protocols share them."""
-        if id(images) not in self._cache:
-            self._cache[id(images)] = raw_pixels(images, self.size) if self.backbone is None else extract(
-                self.backbone, images, size=self.size, pool=self.pool, mean=self.mean, std=self.std,
-                device=self.device, workers=self.workers)
-        return self._cache[id(images)]
-
-
-@dataclass
 class Outcome:
-    """Of `n` test images `correct` were right; `protocol` names every setting; `more` holds what else is worth it."""
+    """Of `n` test images `correct` were right; `protocol` names every setting; `more` goes into the row."""
 
     protocol: str
     correct: int
@@ -61,15 +38,18 @@ class Outcome:
 def _knn(subject: Subject, train, test, seed: int) -> Outcome:
     bank, queries = subject.features(train), subject.features(test)
     result = weighted_knn(bank.x, bank.labels, queries.x, queries.labels, k=20, temperature=0.07)
-    return Outcome("knn k20 t0.07", int((result.predictions == queries.labels).sum()), len(queries.x),
-                   {"top5": result.top5, "broken": len(bank.broken) + len(queries.broken)})
+    correct = int((result.predictions == queries.labels).sum())
+    broken = len(bank.broken) + len(queries.broken)
+    return Outcome("knn k20 t0.07", correct, len(queries.x), {"top5": result.top5, "broken": broken})
 
 
 def _linear(subject: Subject, train, test, seed: int) -> Outcome:
     bank, queries = subject.features(train), subject.features(test)
     probe = linear_probe(bank.x, bank.labels, queries.x, queries.labels, seed=seed)
-    return Outcome("linear grid cached", int((probe.predictions == queries.labels).sum()), len(queries.x),
-                   {"lr": probe.lr, "at_edge": probe.at_edge, "broken": len(bank.broken) + len(queries.broken)})
+    correct = int((probe.predictions == queries.labels).sum())
+    broken = len(bank.broken) + len(queries.broken)
+    return Outcome("linear grid cached", correct, len(queries.x),
+                   {"lr": probe.lr, "at_edge": probe.at_edge, "broken": broken})
 
 
 PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _linear}
@@ -80,29 +60,57 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
              device: str | torch.device = "cpu", workers: int = 0) -> list[dict]:
     """Evaluate features; one dict per (features, protocol), accuracies and their 95 % intervals in %.
 
-    `source`: a Run, the path of a run directory, or a timm name (random weights). `data`: a name or folder for
-    `sslnb.data.load`, or a pair (train, test) of loaded images; default: what the run was trained on, else
-    "digits_scattered". `baselines` adds "random initialisation" (BatchNorm statistics calibrated) and "raw pixels".
-    Rows go to `results.jsonl` in the run directory or in `out` as soon as each is known. A protocol that returns None
-    does not apply to those features and gives no row. Data without labels give an empty list and a printed note.
+    `source`: a Run, the path of a run directory, or a timm name (random weights). `data`: a name or folder
+    for `sslnb.data.load`, or a pair (train, test) of loaded images; default: what the run was trained on,
+    else "digits_scattered". `baselines` adds "random initialisation" (BatchNorm statistics calibrated) and
+    "raw pixels". Rows go to `results.jsonl` in the run directory or in `out` as soon as each is known. A
+    protocol that returns None does not apply to those features and gives no row. Data without labels give
+    an empty list and a printed note.
     """
     for name in protocols:
         if name not in PROTOCOLS:
             unknown("protocol", name, PROTOCOLS)
-    from sslnb.evaluate.sources import open_source
-
-    opened = open_source(source, data or None, size=size, seed=seed, device=device, workers=workers,
-                         default_data=DEFAULT_DATA)
-    if opened.train.labels is None or opened.test.labels is None:
-        print(f"{opened.train.name} has no labels: probes are switched off.")
+    source = open_source(source, seed)
+    train, test = _load(data or source.data or DEFAULT_DATA)
+    if train.labels is None or test.labels is None:
+        print(f"{train.name} has no labels: probes are switched off.")
         return []
-    folder = out if out is not None else opened.folder
+    folder = source.folder if out is None else Path(out)
     rows = []
-    for subject in opened.subjects(baselines):
+    for subject in subjects(source, train, size=size, baselines=baselines, seed=seed,
+                            device=device, workers=workers):
         for name in protocols:
-            outcome = PROTOCOLS[name](subject, opened.train, opened.test, seed)
-            if outcome is not None:
-                rows.append(_row(subject.name, opened.train.name, outcome, seed))
-                if folder is not None:
-                    append(Path(folder) / "results.jsonl", rows[-1])
+            outcome = PROTOCOLS[name](subject, train, test, seed)
+            if outcome is None:
+                continue
+            rows.append(_row(subject, train.name, outcome, seed))
+            if folder is not None:
+                append(folder / "results.jsonl", rows[-1])
     return rows
+
+
+def _load(data) -> tuple:
+    """(train, test), loaded by name unless they are given."""
+    if not isinstance(data, str | Path):
+        return data
+    from sslnb.data import load
+
+    return load(data, "train"), load(data, "test")
+
+
+def _row(subject: Subject, data: str, outcome: Outcome, seed: int) -> dict:
+    low, high = interval(outcome.correct, outcome.n)
+    return {"source": subject.name, "data": data, "protocol": outcome.protocol,
+            "top1": 100 * outcome.correct / outcome.n, "interval": [100 * low, 100 * high], "n": outcome.n,
+            "seed": seed, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": _versions(), **outcome.more}
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("sslnb", "torch", "timm", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # sslnb itself, when it is read from a checkout
+            pass
+    return found

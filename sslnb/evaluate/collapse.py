@@ -1,4 +1,4 @@
-"""Is the network learning or collapsing? Numbers for the panel beside the loss, and one sentence on what they mean.
+"""Is the network learning or collapsing? Numbers beside the loss, and one sentence on what they mean.
 
 A falling loss says little in self-supervision: mapping every image to one point can be its cheapest minimum.
 """
@@ -18,16 +18,16 @@ EARLY = 3  # measurements before any verdict
 def feature_std(z: Tensor) -> float:
     """Mean over dimensions of the std of the unit vectors of z (N, D), times sqrt(D).
 
-    1 for directions spread evenly over the sphere, 0 for one point (SimSiam's measure, arXiv 2011.10566, there
-    without the sqrt(D)).
+    1 for directions spread evenly over the sphere, 0 for one point (SimSiam's measure, arXiv 2011.10566,
+    there without the sqrt(D)).
     """
     u = _unit(z)
     return float(u.std(0, correction=0).mean() * math.sqrt(u.shape[1]))
 
 
 def effective_rank(z: Tensor) -> float:
-    """exp of the entropy of the singular values of z (N, D), normalised to sum 1; z as it is, neither centred nor
-    scaled (RankMe, arXiv 2210.02885). Between 1 and min(N, D); 0 for z = 0.
+    """exp of the entropy of the singular values of z (N, D), normalised to sum 1; z as it is, neither
+    centred nor scaled (RankMe, arXiv 2210.02885). Between 1 and min(N, D); 0 for z = 0.
     """
     sigma = torch.linalg.svdvals(z.detach().float())
     if sigma.sum() == 0:
@@ -45,8 +45,9 @@ def alignment(z1: Tensor, z2: Tensor) -> float:
 
 
 def uniformity(z: Tensor) -> float:
-    """log of the mean of exp(-2 d²) over distinct pairs of unit vectors of z (N, D); 0 for one point, about -4 at
-    best (arXiv 2005.10242 with t = 2). Takes N² / 2 numbers of memory: give it a few thousand rows; nan below two.
+    """log of the mean of exp(-2 d²) over distinct pairs of unit vectors of z (N, D); 0 for one point, about
+    -4 at best (arXiv 2005.10242 with t = 2). Takes N² / 2 numbers of memory: give it a few thousand rows;
+    nan below two.
     """
     u = _unit(z)
     return float(torch.pdist(u).square().mul(-2).exp().mean().log())
@@ -64,33 +65,35 @@ def panel(z: Tensor, z1: Tensor | None = None, z2: Tensor | None = None) -> dict
 def diagnose(history: list[dict]) -> str:
     """One plain sentence on what the panel's numbers say over time.
 
-    `history`: dicts in the order of training with any of `loss`, `feature_std`, `effective_rank`, `dimensions`,
-    `knn` (in %); entries may lack some.
+    `history`: dicts in the order of training with any of `loss`, `feature_std`, `effective_rank`,
+    `dimensions`, `knn` (in %); entries may lack some.
     """
     loss, std, rank, dimensions, knn = (
         [row[name] for row in history if row.get(name) is not None]
         for name in ("loss", "feature_std", "effective_rank", "dimensions", "knn"))
     if not all(math.isfinite(v) for v in loss + std):
-        return "Diverged: the loss or the features are no longer finite; a lower learning rate is the first remedy."
+        return "Diverged: the loss or the features are no longer finite; try a lower learning rate first."
     if max(len(std), len(rank), len(knn)) < EARLY:
         return f"Too early to tell: fewer than {EARLY} measurements so far."
     falls = len(loss) > 1 and loss[-1] < loss[0]
     if std and std[-1] < POINT_STD:
         which = " although the loss falls" if falls else ""
-        return f"Collapsed: all images map to (nearly) one point{which} (feature std {std[-1]:.2f}; healthy is near 1)."
+        return (f"Collapsed: all images map to (nearly) one point{which} "
+                f"(feature std {std[-1]:.2f}; healthy is near 1).")
     # A growing rank only says that training is young, so both conditions are needed.
     if rank and dimensions and rank[-1] < LOW_RANK * dimensions[-1] and rank[-1] <= rank[0]:
-        return (f"Dimensional collapse: the features use about {rank[-1]:.0f} of {dimensions[-1]:.0f} dimensions, "
-                f"and not more than at the start.")
+        return (f"Dimensional collapse: the features use about {rank[-1]:.0f} of {dimensions[-1]:.0f} "
+                f"dimensions, and not more than at the start.")
     if len(knn) >= EARLY and knn[-1] - knn[0] >= KNN_GAIN:
-        return f"Learning: kNN accuracy rose from {knn[0]:.1f} to {knn[-1]:.1f} %, and the features stay spread out."
+        return f"Learning: kNN accuracy rose from {knn[0]:.1f} to {knn[-1]:.1f} %, without collapse."
     if len(knn) >= EARLY and knn[0] - knn[-1] >= KNN_GAIN:
         return f"Getting worse: kNN accuracy fell from {knn[0]:.1f} to {knn[-1]:.1f} %."
-    if len(knn) >= EARLY and falls:
-        return ("No collapse, but the loss falls without the kNN accuracy rising: the task may be solved by a shortcut, "
-                "or it is still early.")
-    return "No collapse: the features stay spread out; a kNN curve is needed to see whether they learn." \
-        if len(knn) < EARLY else "No collapse, but nothing moves: neither the loss nor the kNN accuracy improves."
+    if len(knn) < EARLY:
+        return "No collapse: the features stay spread out; a kNN curve is needed to see whether they learn."
+    if falls:
+        return ("No collapse, but the loss falls without the kNN accuracy rising: the task may be solved by "
+                "a shortcut, or it is still early.")
+    return "No collapse, but nothing moves: neither the loss nor the kNN accuracy improves."
 
 
 def _unit(z: Tensor) -> Tensor:

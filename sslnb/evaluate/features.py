@@ -25,21 +25,24 @@ class Features:
     broken: list[str]  # one sentence per image that could not be read; those have no row
 
 
-def extract(backbone: nn.Module, images, *, size: int, pool: str = "model", mean: Sequence[float] = IMAGENET_MEAN,
-            std: Sequence[float] = IMAGENET_STD, batch: int = 256, device: str | torch.device = "cpu",
-            workers: int = 0, limit: int | None = None) -> Features:
-    """Features of all images (or of `limit` of them, drawn once with a fixed seed), in the order of the data set.
+def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
+            mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, batch: int = 256,
+            device: str | torch.device = "cpu", workers: int = 0, limit: int | None = None) -> Features:
+    """Features of all images (or of `limit` of them, drawn once with a fixed seed), in the order of the
+    data set.
 
-    `pool`: "model" (the model's own forward), "mean" (patch tokens) or "cls". The backbone moves to `device` and
-    stays there; its training flags come back as they were and its BatchNorm statistics are not touched.
+    `pool`: "model" (the model's own forward), "mean" (patch tokens) or "cls". The backbone moves to
+    `device` and stays there; its training flags come back as they were and its BatchNorm statistics are not
+    touched.
     """
     from sslnb.backbones import features
 
     backbone.to(device)
     rows, index, broken = [], [], []
     chunks = _Chunks(images, _chosen(len(images), limit).split(batch), size)
-    # Its own generator: a loader draws a seed, and taking it from the global one would disturb a running training.
-    loader = torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=workers, generator=torch.Generator())
+    # Its own generator: a loader draws a seed, which would otherwise disturb the training that called us.
+    loader = torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=workers,
+                                         generator=torch.Generator())
     with torch.no_grad(), _eval_mode(backbone):
         for pixels, kept, bad in loader:
             broken += bad
@@ -62,11 +65,13 @@ def raw_pixels(images, size: int, limit: int | None = None) -> Features:
 
 
 def calibrated(backbone: nn.Module, images, *, size: int, mean: Sequence[float] = IMAGENET_MEAN,
-               std: Sequence[float] = IMAGENET_STD, batches: int = 8, batch: int = 128, seed: int = 0) -> nn.Module:
+               std: Sequence[float] = IMAGENET_STD, batches: int = 8, batch: int = 128,
+               seed: int = 0) -> nn.Module:
     """A copy of the backbone whose BatchNorm statistics are estimated on these images; no weight changes.
 
-    An untrained network still has mean 0 and variance 1 there, which lets its activations vanish or explode and
-    makes any trained network look good. This copy is what "random initialisation" has to mean in a comparison.
+    An untrained network still has mean 0 and variance 1 there, which lets its activations vanish or explode
+    and makes any trained network look good. This copy is what "random initialisation" has to mean in a
+    comparison.
     """
     twin = copy.deepcopy(backbone)
     norms = [m for m in twin.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
@@ -80,7 +85,7 @@ def calibrated(backbone: nn.Module, images, *, size: int, mean: Sequence[float] 
             m.reset_running_stats()
             m.momentum = None  # a plain average over the batches
             m.train()
-        # A smaller last batch would weigh as much as a full one in that average: leave it out, unless it is all.
+        # A smaller last batch would weigh as much as a full one: leave it out, unless it is all there is.
         whole = [c for c in order.split(batch)[:batches] if len(c) == min(batch, len(order))]
         for chunk in whole:
             x, kept = to_batch(images, chunk.tolist(), size, mean, std)
@@ -106,7 +111,7 @@ class _Chunks(torch.utils.data.Dataset):
 
 @contextlib.contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule gets back its own flag, for parts may be frozen on purpose."""
+    """Eval mode inside; afterwards every submodule gets its own flag back: some may be frozen on purpose."""
     flags = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -117,7 +122,7 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 def _chosen(n: int, limit: int | None) -> Tensor:
-    """All indices, or `limit` of them at random: the first ones of a sorted data set would be a single class."""
+    """All indices, or `limit` at random: the first ones of a sorted data set would be a single class."""
     if limit is None or limit >= n:
         return torch.arange(n)
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit].sort().values

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features: nothing is learned, so nothing can be tuned away.
+"""Weighted k-nearest-neighbour classification of frozen features: nothing is learned, nothing is tuned.
 
 The k most similar training images vote for their class with weight exp(s / τ), s the cosine similarity
 (arXiv 1805.01978; k = 20 and τ = 0.07 as in facebookresearch/dino eval_knn.py).
@@ -26,12 +26,13 @@ class KNN:
 
 def weighted_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20,
                  temperature: float = 0.07, chunk: int = 1024, exclude_self: bool = False) -> KNN:
-    """Classify test (M, D) by its k nearest rows of train (N, D); labels (N,), (M,) count from 0, gaps allowed.
+    """Classify test (M, D) by its k nearest rows of train (N, D); labels (N,), (M,) count from 0, gaps
+    allowed.
 
-    Works in pieces of `chunk` tests by 16 * `chunk` training rows, so the N x M similarities never exist at once;
-    the bank may stay on the CPU while the tests are on a GPU. `exclude_self`: train and test are the same rows, and
-    no image may be its own neighbour (leave-one-out). A class nobody voted for is never a top-5 hit.
-    Raises InputError for sizes that do not fit and for k larger than the bank.
+    Works in pieces of `chunk` tests by 16 * `chunk` training rows, so the N x M similarities never exist at
+    once; the bank may stay on the CPU while the tests are on a GPU. `exclude_self`: train and test are the
+    same rows, and no image may be its own neighbour (leave-one-out). A class nobody voted for is never a
+    top-5 hit. Raises InputError for sizes that do not fit and for k larger than the bank.
     """
     _check(train, train_labels, test, test_labels, k, temperature, exclude_self)
     train_labels, test_labels = train_labels.to(test.device), test_labels.to(test.device)
@@ -45,7 +46,7 @@ def weighted_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
         best, ranked = votes.topk(min(5, classes), dim=1)
         hits5 += int(((ranked == test_labels[start:start + chunk, None]) & (best > 0)).sum())
     predictions = torch.cat(predictions)
-    top1 = 100 * float((predictions == test_labels).float().mean())
+    top1 = 100 * int((predictions == test_labels).sum()) / len(test)
     return KNN(top1, 100 * hits5 / len(test) if k >= 5 and classes > 5 else None, predictions)
 
 
@@ -72,8 +73,8 @@ def _nearest(bank: Tensor, queries: Tensor, k: int, step: int, first: int | None
 def _votes(s: Tensor, labels: Tensor, classes: int, temperature: float) -> Tensor:
     """Sum of exp(s / τ) per class, (m, C), in float32.
 
-    The nearest neighbour's similarity is taken off first: it scales a whole row, so the ranking stays, and small
-    temperatures cannot overflow.
+    The nearest neighbour's similarity is taken off first: it scales a whole row, so the ranking stays, and
+    small temperatures cannot overflow.
     """
     weights = ((s - s[:, :1]) / temperature).exp()  # m x k
     return torch.zeros(len(s), classes, device=s.device).scatter_add_(1, labels, weights)
@@ -81,8 +82,8 @@ def _votes(s: Tensor, labels: Tensor, classes: int, temperature: float) -> Tenso
 
 def _check(train, train_labels, test, test_labels, k, temperature, exclude_self) -> None:
     if len(train) != len(train_labels) or len(test) != len(test_labels):
-        raise InputError(f"Features and labels differ in number: {len(train)} and {len(train_labels)} in train, "
-                         f"{len(test)} and {len(test_labels)} in test. Give one label per row.")
+        raise InputError(f"Features and labels differ in number: {len(train)} and {len(train_labels)} in "
+                         f"train, {len(test)} and {len(test_labels)} in test. Give one label per row.")
     if exclude_self and len(train) != len(test):
         raise InputError(f"exclude_self needs the same rows on both sides, not {len(train)} and {len(test)}.")
     bank = len(train) - 1 if exclude_self else len(train)

@@ -1,9 +1,10 @@
 """Linear probe on cached features: how much of the classes a straight cut through feature space can read.
 
-The rate matters more than anything else here, so a whole grid of learning rates is trained at once (one weight tensor
-G x D x C, one pass over the features). The rate is chosen on a fifth of TRAIN, trained again on all of TRAIN, and only
-then is the test split touched, once. Schedule and initialisation follow MoCo's probe (arXiv 1911.05722): SGD, cosine
-per epoch, weights N(0, 0.01), biases 0. It is not the published protocol: features are cached, without augmentation.
+The rate matters more than anything else here, so a whole grid of learning rates is trained at once (one
+weight tensor G x D x C, one pass over the features). The rate is chosen on a fifth of TRAIN, trained again
+on all of TRAIN, and only then is the test split touched, once. Schedule and initialisation follow MoCo's
+probe (arXiv 1911.05722): SGD, cosine per epoch, weights N(0, 0.01), biases 0. It is not the published
+protocol: features are cached, without augmentation.
 """
 
 import math
@@ -11,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sslnb.errors import InputError
 
-GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # for standardised features at batch 256
+GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # for standardised features at batch 256
 HELD_OUT = 0.2
 
 
@@ -36,8 +38,8 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
                  weight_decay: float = 0.0, seed: int = 0) -> Probe:
     """Fit a linear classifier on train (N, D) and score it on test (M, D); labels (N,), (M,) count from 0.
 
-    Everything runs on the device of `train`. Raises InputError for sizes that do not fit and for a train set where no
-    class has two images, since then no rate can be chosen.
+    Everything runs on the device of `train`. Raises InputError for sizes that do not fit and for a train
+    set where no class has two images, since then no rate can be chosen.
     """
     lrs = sorted(lrs)
     _check(train, train_labels, test, test_labels, lrs)
@@ -46,10 +48,10 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
                     weight_decay=weight_decay, seed=seed)
     fit, held = _stratified(labels.cpu(), seed)
     if len(held) == 0:
-        raise InputError("No class has two training images, so none can be held out to choose the learning rate.")
+        raise InputError("No class has two training images, so none can be held out to choose the rate.")
     heads = _fit(train[fit], labels[fit], lrs, **settings)
     accuracy = [_accuracy(p, labels[held]) for p in heads.predict(train[held])]
-    # Equal accuracies are common on small sets: take the middle one of the best, not the one nearest to an edge.
+    # Equal accuracies are common on small sets: take the middle one of the best, not one at an edge.
     best = [g for g, a in enumerate(accuracy) if a == max(accuracy)]
     g = best[len(best) // 2]
 
@@ -73,20 +75,19 @@ class _Heads:
         return (x.float() - self.mean) / self.std
 
     def predict(self, x: Tensor) -> Tensor:
-        """Classes (G, M), in pieces so that G x M x C logits never exist at once. Diverged heads predict class 0."""
+        """Classes (G, M), in pieces: G x M x C logits never exist at once. Diverged heads predict class 0."""
         parts = [(self.inputs(p) @ self.weight + self.bias).nan_to_num(0.0).argmax(2) for p in x.split(4096)]
         return torch.cat(parts, 1)
 
 
-def _fit(x: Tensor, labels: Tensor, lrs: Sequence[float], *, classes: int, epochs: int, batch: int, momentum: float,
-         weight_decay: float, seed: int) -> _Heads:
+def _fit(x: Tensor, labels: Tensor, lrs: Sequence[float], *, classes: int, epochs: int, batch: int,
+         momentum: float, weight_decay: float, seed: int) -> _Heads:
     """SGD with momentum on the cross-entropy, one head per rate; all heads see the same batches."""
     generator = torch.Generator().manual_seed(seed)
     std = x.float().std(0, correction=0)
     std = torch.where(std > 1e-6, std, 1.0)  # a dead dimension stays dead instead of becoming amplified noise
     weight = 0.01 * torch.randn(1, x.shape[1], classes, generator=generator).repeat(len(lrs), 1, 1)
     heads = _Heads(weight.to(x.device), x.new_zeros(len(lrs), 1, classes).float(), x.float().mean(0), std)
-    targets = torch.nn.functional.one_hot(labels, classes).float()  # N x C
     rate = torch.tensor(lrs, device=x.device, dtype=torch.float32)[:, None, None]  # G x 1 x 1
     speed_w, speed_b = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
     for epoch in range(epochs):
@@ -94,7 +95,8 @@ def _fit(x: Tensor, labels: Tensor, lrs: Sequence[float], *, classes: int, epoch
         for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
             z = heads.inputs(x[rows])  # B x D
             # The gradient of the cross-entropy with respect to the logits is softmax minus one-hot.
-            error = (z @ heads.weight + heads.bias).softmax(2).sub_(targets[rows]).div_(len(rows))  # G x B x C
+            error = (z @ heads.weight + heads.bias).softmax(2)  # G x B x C
+            error = (error - F.one_hot(labels[rows], classes)) / len(rows)
             speed_w.mul_(momentum).add_(z.T @ error + weight_decay * heads.weight)
             speed_b.mul_(momentum).add_(error.sum(1, keepdim=True))
             heads.weight -= lr * speed_w
@@ -116,13 +118,13 @@ def _stratified(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _accuracy(predictions: Tensor, labels: Tensor) -> float:
-    return 100 * float((predictions == labels).float().mean())
+    return 100 * int((predictions == labels).sum()) / len(labels)
 
 
 def _check(train, train_labels, test, test_labels, lrs) -> None:
     if len(train) != len(train_labels) or len(test) != len(test_labels):
-        raise InputError(f"Features and labels differ in number: {len(train)} and {len(train_labels)} in train, "
-                         f"{len(test)} and {len(test_labels)} in test. Give one label per row.")
+        raise InputError(f"Features and labels differ in number: {len(train)} and {len(train_labels)} in "
+                         f"train, {len(test)} and {len(test_labels)} in test. Give one label per row.")
     if len(train) == 0 or len(test) == 0:
         raise InputError(f"The probe needs images: train has {len(train)}, test has {len(test)}.")
     if not lrs or lrs[0] <= 0:

@@ -1,8 +1,8 @@
 """From image files to the pixels a frozen backbone sees: the test transform of every probe.
 
-Short side to `size * 256 / 224`, then the central square of `size`, bicubic (the convention of DINO's kNN and MAE's
-probe). Below 96 pixels that margin would cost real content, so small images are resized to `size` itself; what is cut
-off then is only what a square cannot hold.
+Short side to `size * 256 / 224`, then the central square of `size`, bicubic (the convention of DINO's kNN
+and MAE's probe). Below 96 pixels that margin would cost real content, so small images are resized to `size`
+itself; what is cut off then is only what a square cannot hold.
 """
 
 from collections.abc import Sequence
@@ -40,12 +40,13 @@ def read(images, indices: Sequence[int], size: int) -> tuple[Tensor, list[int], 
 
 
 def _central_square(image: Image.Image, size: int) -> Image.Image:
+    """Resize and crop with torchvision's roundings, so that the pixels are those of published evaluations."""
     short = round(size * MARGIN) if size >= MARGIN_FROM else size
     w, h = image.size
     if min(w, h) != short:
-        w, h = max(short, round(w * short / min(w, h))), max(short, round(h * short / min(w, h)))
+        w, h = int(short * w / min(w, h)), int(short * h / min(w, h))
         image = image.resize((w, h), Image.Resampling.BICUBIC)
-    left, top = (w - size) // 2, (h - size) // 2
+    left, top = round((w - size) / 2), round((h - size) / 2)
     return image.crop((left, top, left + size, top + size))
 
 

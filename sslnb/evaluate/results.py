@@ -13,10 +13,11 @@ from sslnb.errors import InputError
 def interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """Wilson score interval of a proportion of `correct` out of `n`, as fractions in [0, 1].
 
-    It says how far the accuracy could be off because the test set is finite; it knows nothing of training seeds.
+    It says how far the accuracy could be off because the test set is finite; it knows nothing of training
+    seeds.
     """
     if not 0 <= correct <= n or n < 1:
-        raise InputError(f"{correct} correct out of {n} is not a proportion: need 0 <= correct <= n and n >= 1.")
+        raise InputError(f"{correct} correct out of {n} is no proportion: need 0 <= correct <= n, n >= 1.")
     z = statistics.NormalDist().inv_cdf((1 + level) / 2)
     p = correct / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -27,7 +28,7 @@ def interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Student-t interval of the mean of one value per seed, in the values' unit. Needs two seeds at least."""
     if len(values) < 2:
-        raise InputError(f"An interval over seeds needs at least two values, not {len(values)}: run another seed.")
+        raise InputError(f"An interval over seeds needs two values at least, not {len(values)}: run more.")
     from scipy.stats import t
 
     half = t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
@@ -36,7 +37,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 
 
 def append(path: Path, row: dict) -> None:
-    """Add one row to a file of JSON lines; it is on the disk when this returns, so a crash loses no finished row."""
+    """Add one row to a file of JSON lines; on the disk when this returns, so a crash loses no row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -47,9 +48,9 @@ def append(path: Path, row: dict) -> None:
 def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
     """Rows of `evaluate` as aligned text: features down, protocols across, "88.1 [86.0, 89.9]" in %.
 
-    A later row replaces an earlier one of the same features and protocol. `published` numbers (dicts with `top1`,
-    `protocol`, `source`) come below, in lines of their own: they belong to other data and protocols than the cells
-    above.
+    A later row replaces an earlier one of the same features and protocol. `published` numbers (dicts with
+    `top1`, `protocol`, `source`) come below, in lines of their own: they belong to other data and protocols
+    than the cells above.
     """
     sources = list(dict.fromkeys(row["source"] for row in rows))
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))

@@ -1,0 +1,207 @@
+"""Static figures. Each is a function from data to a matplotlib Figure, with a line of text that says what it shows.
+
+Colours are Okabe and Ito's, readable for the colour-blind; lines differ in style too. Nothing here needs a display.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = "osD^vPX*<>"
+MASKED = 0.65  # the grey of a removed patch
+
+
+def _figure(rows: int, columns: int, width: float = 8.0, height: float | None = None, title: str = "", **kwargs):
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height or width * rows / columns), squeeze=False,
+                             layout="constrained", **kwargs)
+    plt.close(fig)  # else the notebook shows it twice and keeps it in memory
+    if title:
+        fig.suptitle(title, fontsize=11)
+    return fig, axes
+
+
+def picture(x) -> np.ndarray:
+    """A PIL image, or (3, H, W) in [0, 1] -> (H, W, 3) for imshow."""
+    if isinstance(x, Tensor):
+        return x.detach().float().clamp(0, 1).permute(1, 2, 0).numpy()
+    return np.asarray(x)
+
+
+def grid(rows: Sequence[Sequence], row_names: Sequence[str] = (), title: str = "", column_names: Sequence[str] = (),
+         size: float = 0.85) -> Figure:
+    """A table of small pictures."""
+    columns = max(map(len, rows))
+    fig, axes = _figure(len(rows), columns, width=size * columns + 1.1 * bool(row_names), height=size * len(rows) + 0.5,
+                        title=title)
+    for r, (line, row) in enumerate(zip(axes, rows, strict=True)):
+        for c, ax in enumerate(line):
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if c < len(row) and row[c] is not None:
+                ax.imshow(picture(row[c]), interpolation="nearest", vmin=0, vmax=1)
+        if row_names:
+            line[0].set_ylabel(row_names[r], rotation=0, ha="right", va="center", fontsize=9)
+    for ax, name in zip(axes[0], column_names, strict=False):
+        ax.set_title(name, fontsize=9)
+    return fig
+
+
+def views_grid(views, images: Sequence, draws: int = 4, seed: int = 0) -> Figure:
+    """Each row one image: as it is, then `draws` draws of every view, de-normalised."""
+    rows = [[image] for image in images]
+    for draw in range(draws):
+        for batch in views(list(images), seed=seed + draw):
+            for row, x in zip(rows, views.normalize.undo(batch), strict=True):
+                row.append(x)
+    names = ["image"] + [f"view {v + 1}" for _ in range(draws) for v in range(len(views))]
+    return grid(rows, title="What the network gets to see", column_names=names)
+
+
+def curves(runs: Mapping[str, object], value: str = "loss", title: str = "") -> Figure:
+    """One value over epochs for one or several runs, from their logs."""
+    fig, ((ax,),) = _figure(1, 1, 6.5, 3.0, title or f"{value} while training")
+    for i, (name, run) in enumerate(runs.items()):
+        rows = [row for kind in ("step", "monitor") for row in run.history(kind) if value in row]
+        ax.plot([r["epoch"] for r in rows], [r[value] for r in rows], color=COLORS[i % 8], ls=STYLES[i % 4],
+                marker="o" * (len(rows) < 30), ms=3, label=name)
+    ax.set(xlabel="epoch", ylabel=value)
+    ax.grid(alpha=0.3)
+    if len(runs) > 1:
+        ax.legend(frameon=False)
+    return fig
+
+
+PANEL = {"knn": ("kNN (%)", "higher is better"), "feature_std": ("feature std", "near 0: all images alike"),
+         "effective_rank": ("effective rank", "low: few directions used"),
+         "alignment": ("alignment", "low: views of an image agree"),
+         "uniformity": ("uniformity", "low: images spread out")}
+
+
+def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
+    """Is it learning or collapsing? kNN, std, rank, alignment and uniformity over epochs, and a plain sentence."""
+    from .evaluate.collapse import diagnose
+
+    runs = runs if isinstance(runs, Mapping) else {"": runs}
+    fig, (axes,) = _figure(1, len(PANEL), 11, 2.5)
+    for i, (name, run) in enumerate(runs.items()):
+        history = run.history("monitor")
+        losses = run.history("step")
+        if losses:  # the verdict wants to know whether the loss fell
+            history = [{**losses[0], **history[0]}, *history[1:-1], {**losses[-1], **history[-1]}]
+        print(f"{name}: {diagnose(history)}" if name else diagnose(history))
+        for ax, (key, (label, hint)) in zip(axes, PANEL.items(), strict=True):
+            rows = [row for row in history if key in row]
+            ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=COLORS[i % 8], ls=STYLES[i % 4],
+                    marker="o", ms=3, label=name)
+            ax.set_title(f"{label}\n{hint}", fontsize=9)
+            ax.set_xlabel("epoch", fontsize=9)
+            ax.grid(alpha=0.3)
+    if len(runs) > 1:
+        axes[0].legend(frameon=False, fontsize=8)
+    return fig
+
+
+def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
+    """Evaluation rows as bars with their 95 % intervals, one group per protocol."""
+    protocols = list(dict.fromkeys(r["protocol"] for r in rows))
+    fig, (axes,) = _figure(1, len(protocols), 8, 2.6)
+    for ax, protocol in zip(axes, protocols, strict=True):
+        mine = [r for r in rows if r["protocol"] == protocol]
+        y = np.arange(len(mine))[::-1]
+        x = np.array([r["top1"] for r in mine])
+        low, high = np.array([r["interval"] for r in mine]).T
+        ax.barh(y, x, color=[COLORS[i % 8] for i in range(len(mine))], height=0.6)
+        ax.errorbar(x, y, xerr=[x - low, high - x], fmt="none", ecolor="black", capsize=3)
+        ax.set_yticks(y, [f"{r['source']}  {r['top1']:.1f}" for r in mine], fontsize=9)
+        ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
+        ax.set_title(protocol, fontsize=10)
+    return fig
+
+
+def neighbours(images, features: Tensor, queries: Sequence[int], k: int = 8) -> Figure:
+    """For each query its nearest images by cosine; the title of a neighbour is its similarity."""
+    z = torch.nn.functional.normalize(features, dim=1)
+    similarity, index = (z[list(queries)] @ z.T).topk(k + 1)
+    rows = [[images[int(j)] for j in row] for row in index]
+    return grid(rows, title="Query (left) and its nearest neighbours in feature space",
+                column_names=["query", *(f"{i}." for i in range(1, k + 1))])
+
+
+def embedding(features: Tensor, labels: Tensor, classes: Sequence[str], title: str = "") -> Figure:
+    """t-SNE of features in the plane. Colours AND markers tell the classes apart; labels are for looking only."""
+    from sklearn.manifold import TSNE
+
+    xy = TSNE(perplexity=min(30, len(features) // 4), init="pca", random_state=0).fit_transform(features.numpy())
+    fig, ((ax,),) = _figure(1, 1, 6.5, 4.6, title or "Features in the plane (t-SNE)")
+    for c, name in enumerate(classes):
+        mine = labels.numpy() == c
+        ax.scatter(*xy[mine].T, s=14, alpha=0.7, color=COLORS[c % 8], marker=MARKERS[c % 10], label=name, lw=0)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set(xticks=[], yticks=[])
+    return fig
+
+
+def similarities(matrix: Tensor, title: str, xlabel: str = "", ylabel: str = "") -> Figure:
+    """A matrix of cosine similarities; blue is opposite, white unrelated, red alike."""
+    fig, ((ax,),) = _figure(1, 1, 4.6, 3.9, title)
+    shown = ax.imshow(matrix.detach().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    fig.colorbar(shown, ax=ax, label="cosine similarity", shrink=0.85)
+    return fig
+
+
+# ---------------------------------------------------------------- masked images
+
+
+def masked(images: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] with the removed patches grey."""
+    from .masking import upsample_mask
+
+    hole = upsample_mask(mask, patch)
+    return images * (1 - hole) + MASKED * hole
+
+
+def reconstructions(method, images: Tensor, noise: Tensor, normalize, title: str = "") -> Figure:
+    """Rows: image, what the encoder sees, the prediction, and the prediction pasted into the visible patches.
+
+    images (B, 3, H, W) normalised; noise (B, L) decides the mask, so one noise with a growing ratio nests the masks.
+    """
+    from .masking import upsample_mask
+
+    with torch.no_grad():
+        prediction, mask = method.reconstruct(images, noise)
+        painted = normalize.undo(method.to_image(prediction, images))
+    truth, hole = normalize.undo(images), upsample_mask(mask, method.patch)
+    pasted = truth * (1 - hole) + painted * hole
+    rows = [list(truth), list(masked(truth, mask, method.patch)), list(painted), list(pasted)]
+    db = psnr(painted, truth, hole)
+    leak = "; brightness and contrast of each patch are taken from the truth" if method.norm_pix else ""
+    return grid(rows, ["image", "encoder sees", "prediction", "pasted"],
+                title or f"{int(mask[0].sum())} of {mask.shape[1]} patches removed, {db:.1f} dB on them{leak}")
+
+
+def film(run, count: int = 6) -> Figure:
+    """The run's snapshots: the same images under the same masks while training goes on."""
+    snaps = run.snapshots()
+    normalize = run.recipe.build().views(run.recipe.size).normalize
+    patch = snaps[0][1]["images"].shape[-1] // round(snaps[0][1]["mask"].shape[1] ** 0.5)
+    first = snaps[0][1]
+    truth = normalize.undo(first["images"][:count])
+    rows, names = [list(truth), list(masked(truth, first["mask"][:count], patch))], ["image", "encoder sees"]
+    for step, tensors in snaps:
+        rows.append(list(normalize.undo(tensors["reconstruction"][:count])))
+        names.append(f"step {step}")
+    return grid(rows, names, title="The same masks while training goes on", size=0.75)
+
+
+def psnr(painted: Tensor, truth: Tensor, hole: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB on the removed pixels; images in [0, 1], hole (B, 1, H, W)."""
+    error = ((painted - truth) ** 2 * hole).sum() / (hole.sum() * truth.shape[1])
+    return float(-10 * torch.log10(error))

@@ -1,0 +1,91 @@
+"""Starting several processes, and stopping them well."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import torch
+
+from .run import Run
+
+RESTARTS = 3
+
+
+class Stop:
+    """Notices SIGTERM, SIGINT and a parent that died; the loop asks `asked` between steps and saves first.
+
+    A second SIGINT interrupts at once. Outside the main thread signals cannot be caught, so only the parent counts.
+    """
+
+    def __init__(self):
+        self.reason = ""
+        self._parent = int(os.environ.get("SSLNB_PARENT", 0))
+        self._old: dict[int, object] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        if self.reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(number).name
+
+    @property
+    def asked(self) -> bool:
+        if self._parent and not _alive(self._parent):
+            self.reason = self.reason or "the process that started the run is gone"
+        return bool(self.reason)
+
+    def exception(self) -> BaseException:
+        """What ends the loop: papermill and shells must see that the run is not finished."""
+        return KeyboardInterrupt(self.reason) if self.reason == "SIGINT" else SystemExit(143)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def launch(run: Run, processes: int) -> None:
+    """Train in `processes` fresh processes through torchrun and follow them. Raises RuntimeError if the run fails.
+
+    Fresh ones, because a kernel that has used CUDA or threads cannot be forked safely. Nothing here waits for a
+    process that is gone: their output ends, and the status file says how far they came.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               f"--max_restarts={RESTARTS}", "-m", "sslnb.train", str(run.path)]
+    env = {**os.environ, "SSLNB_PARENT": str(os.getpid()), "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+    if not torch.cuda.is_available():
+        # Without this each process believes that it is alone; more threads than cores would spin against each other.
+        env |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    run.write_status(state="running", reason="")
+    with (run.path / "launch.log").open("a") as log:
+        child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        try:
+            for line in child.stdout:
+                print(line, end="", flush=True)
+            code = child.wait()
+        except BaseException:
+            child.terminate()  # torchrun passes it on; the workers save and mark the run interrupted
+            child.wait()
+            raise
+    status = run.status()
+    if code != 0 or status.get("state") != "done":
+        if status.get("state") == "running":
+            run.write_status(state="failed", reason=f"the processes ended with code {code}")
+        raise RuntimeError(f"{run.path} ended at step {run.status().get('step')} of {status.get('total')}: "
+                           f"{run.status().get('reason')}. Details are in {run.path / 'launch.log'}; "
+                           "the same command continues from the last checkpoint.")

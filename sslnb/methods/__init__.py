@@ -1,0 +1,45 @@
+"""Methods by name, imported only when asked for. `my_file.py:MyMethod` or `package.module:MyMethod` is a name too."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from ..errors import InputError, unknown
+from .base import Method
+
+METHODS = {"simclr": "SimCLR", "byol": "BYOL", "mae": "MAE"}  # file -> class
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method, by the name of its file or as `file:Class` for one of your own."""
+    return getattr(_module(name), name.rpartition(":")[2] if ":" in name else METHODS[name])
+
+
+def recipes(name: str) -> dict:
+    """The recipes of a method, "demo" first."""
+    return _module(name).RECIPES
+
+
+def _module(name: str):
+    if ":" not in name:
+        if name not in METHODS:
+            unknown("method", name, METHODS)
+        return importlib.import_module(f".{name}", __name__)
+    place, _, cls = name.rpartition(":")
+    path = Path(place if place.endswith(".py") else f"{place}.py")
+    if not path.is_file():
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise InputError(f"Method {name!r}: there is no file {path} here and no module {place!r} ({error}).") from None
+    elif (key := f"sslnb_user_{path.stem}_{path.stat().st_mtime_ns}") in sys.modules:
+        module = sys.modules[key]
+    else:  # the time of change is in the key, so an edited cell (%%writefile) is read again
+        spec = importlib.util.spec_from_file_location(key, path)
+        module = sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    for needed in (cls, "RECIPES"):
+        if not hasattr(module, needed):
+            raise InputError(f"Method {name!r}: {place} defines no {needed}.")
+    return module

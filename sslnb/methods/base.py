@@ -1,0 +1,51 @@
+"""The contract of a method. A method is one nn.Module in one file: backbone, heads, views, loss, hooks, recipes."""
+
+from torch import Tensor, nn
+
+from ..optim import decay_groups
+from ..views import Views
+
+
+class Method(nn.Module):
+    """What the loop in train.py needs. Subclasses set `backbone` and write `views` and `forward`; the rest is optional.
+
+    - `backbone`: a timm model with `num_classes=0`; it is all that evaluation keeps.
+    - constructor: `Method(backbone, **numbers)`; every number of the method and of its views, with the paper's default.
+    - `forward(views, index)`: views as `views(size)` makes them, one float batch (B, 3, h, w) each; index (B,) the
+      images' places in the data set. Returns {"loss": scalar, …}; other entries are for figures. No labels, ever.
+    - no `.cuda()`, no rank checks: parts.gather and friends know about processes.
+    """
+
+    accumulable = True
+    """False where negatives or batch statistics make accumulated small batches another method than one big batch."""
+
+    sync_bn = False
+    """True where batch norm must see the batch of all processes."""
+
+    backbone: nn.Module
+
+    def views(self, size: int) -> Views:
+        raise NotImplementedError
+
+    def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def param_groups(self, recipe) -> list[dict]:
+        """Groups for the optimizer; default: no weight decay on biases and norms."""
+        return decay_groups(self.named_parameters(), recipe.weight_decay)
+
+    def before_train(self, run) -> None:
+        """Once, before the first step (also of a resumed run)."""
+
+    def before_epoch(self, run, epoch: int) -> None:
+        """At the start of every epoch."""
+
+    def before_step(self, progress: float) -> None:
+        """After backward, before the optimizer's step. progress in (0, 1] counts optimizer steps."""
+
+    def after_step(self, progress: float) -> None:
+        """Once per optimizer step that was taken: EMA, queues, schedules."""
+
+    def snapshot(self, views: list[Tensor]) -> dict[str, Tensor]:
+        """Figures' tensors on a few fixed images, saved as training goes on; {} if there is nothing to look at."""
+        return {}

@@ -1,0 +1,145 @@
+"""Watching a run while it trains: speed and progress, the collapse panel, snapshots."""
+
+import contextlib
+import math
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .recipes import Recipe
+from .run import Run
+from .views import Views
+
+if TYPE_CHECKING:
+    from .train import Trainer
+
+LOOKS = 12  # about this many measurements per run
+BANK, PAIRS, SHOWN = 1000, 256, 8  # images for kNN and rank, for alignment, for snapshots
+
+
+class Monitor:
+    """Measures the backbone on TRAINING images as training goes on: std, rank, alignment, uniformity, kNN.
+
+    It uses no random state and changes no statistic, so a run with it is the run without it. The kNN is
+    leave-one-out among training images: the test split is not looked at while training.
+    """
+
+    def __init__(self, run: Run, images, views: Views, recipe: Recipe, total: int, per_epoch: int):
+        self.run, self.recipe, self.views, self.images = run, recipe, views, images
+        self.every = max(1, math.ceil(recipe.epochs / LOOKS))
+        self.last: dict[str, Any] = {}
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        self.bank = images.subset(order[:BANK].sort().values)
+
+    def due(self, epoch: int) -> bool:
+        return (epoch + 1) % self.every == 0 or epoch + 1 == self.recipe.epochs
+
+    @torch.no_grad()
+    def look(self, method, step: int) -> dict[str, Any]:
+        """Measure, write a "monitor" row and a snapshot, and return the row."""
+        from .backbones import features
+        from .evaluate.collapse import panel
+        from .evaluate.features import calibrated, extract
+        from .evaluate.knn import weighted_knn
+
+        r, device = self.recipe, next(method.parameters()).device
+        # Before the first step batch-norm statistics mean nothing yet; they are estimated on the data.
+        backbone = method.backbone if step else calibrated(method.backbone, self.bank, size=r.size)
+        bank = extract(backbone, self.bank, size=r.size, pool=r.pool, device=device)
+        training, random_state = method.training, torch.get_rng_state()
+        method.eval(), backbone.eval()
+        z1, z2 = (features(backbone, x.to(device), r.pool).float().cpu() for x in self._pair())
+        row = {"step": step, "epoch": step / max(1, self.run.status()["total"]) * r.epochs,
+               **panel(bank.x, z1, z2)}
+        if bank.labels is not None and len(bank.x) > 40:
+            row["knn"] = weighted_knn(bank.x, bank.labels, bank.x, bank.labels, k=20, exclude_self=True).top1
+        self._snapshot(method, device, step)
+        method.train(training)
+        torch.set_rng_state(random_state)
+        self.run.append("monitor", **row)
+        self.last = row
+        return row
+
+    def best(self, checkpoint) -> dict[str, Any]:
+        """For the status file: this checkpoint, if its kNN is the best so far."""
+        knn, old = self.last.get("knn"), self.run.status().get("best", {})
+        if knn is None or knn <= old.get("knn", -1):
+            return {}
+        return {"best": {"checkpoint": checkpoint.name, "knn": knn, "step": self.last["step"]}}
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        """Two draws of the method's first view, the same images and draws every time."""
+        first = Views(self.views.views[0])
+        shown = [self.bank[i] for i in self._readable(PAIRS)]
+        return first(shown, seed=1)[0], first(shown, seed=2)[0]
+
+    def _snapshot(self, method, device, step: int) -> None:
+        shown = [self.bank[i] for i in self._readable(SHOWN)]
+        rng = random.Random(0)
+        crops = [torch.stack(v) for v in zip(*(self.views.crop(image, rng) for image in shown), strict=True)]
+        views = self.views.photometric(crops, torch.arange(len(shown)))
+        tensors = method.snapshot([v.to(device) for v in views])
+        if tensors:
+            folder = self.run.path / "snapshots"
+            folder.mkdir(exist_ok=True)
+            torch.save({k: v.cpu() for k, v in tensors.items()}, folder / f"step_{step:08d}.pt")
+
+    def _readable(self, count: int) -> list[int]:
+        from .data import BrokenImage
+
+        found = []
+        for i in range(len(self.bank)):
+            with contextlib.suppress(BrokenImage):
+                self.bank[i]
+                found.append(i)
+            if len(found) == count:
+                break
+        return found
+
+
+class Meter:
+    """Throughput, share of waiting for data, time left: one row in the log per interval, and progress lines."""
+
+    def __init__(self, trainer: "Trainer"):
+        from .notebook import Progress
+
+        self.t, self.progress = trainer, Progress()
+        self.began, self.first = time.time(), trainer.step
+        self.waited = 0.0
+        self.mark, self.mark_step, self.mark_waited = self.began, trainer.step, 0.0
+
+    @contextlib.contextmanager
+    def waiting(self):
+        since = time.time()
+        yield
+        self.waited += time.time() - since
+
+    def log(self, terms: dict[str, Tensor], start: float) -> None:
+        t, now = self.t, time.time()
+        seconds, steps = max(1e-9, now - self.mark), t.step - self.mark_step
+        values = {name: float(t.accelerator.reduce(v.to(t.device), reduction="mean")) for name, v in terms.items()}
+        share = (self.waited - self.mark_waited) / seconds
+        self.mark, self.mark_step, self.mark_waited = now, t.step, self.waited
+        if not t.main:
+            return
+        speed, epoch = steps * t.recipe.total_batch / seconds, t.step / t.per_epoch
+        t.run.append("step", step=t.step, epoch=epoch, **values, images_per_s=speed, data_wait=share,
+                     seconds=now - start)
+        t.accelerator.log(values, step=t.step)
+        left = (now - self.began) / (t.step - self.first) * (t.total - t.step)
+        skipped = f", {t.skipped} steps skipped by fp16" if t.skipped else ""
+        if self.progress(t.step / t.total, f"step {t.step}/{t.total}  epoch {epoch:.1f}  loss {values['loss']:.4f}  "
+                         f"lr {values['lr']:.2g}  {speed:,.0f} images/s  waiting for data {share:.0%}  "
+                         f"{_clock(left)} left{skipped}"):
+            t.run.write_status(step=t.step, seconds=now - start)
+
+
+def _clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+

@@ -1,0 +1,134 @@
+"""What a notebook needs besides the package: checked parameters, source on display, equality, progress."""
+
+import ast
+import inspect
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from .errors import InputError, unknown
+
+
+def interactive() -> bool:
+    """True if a person is at this kernel: a front end that can answer questions sent the cell. Papermill cannot."""
+    shell = _shell()
+    if shell is None or not hasattr(shell, "kernel"):
+        return False
+    return bool(shell.kernel.get_parent("shell").get("content", {}).get("allow_stdin"))
+
+
+def _shell():
+    import sys
+
+    if "IPython" not in sys.modules:
+        return None
+    from IPython import get_ipython
+
+    return get_ipython()
+
+
+# ---------------------------------------------------------------- parameters
+
+
+def parameters() -> SimpleNamespace:
+    """The notebook's parameters, checked and typed; call it in the cell after the one tagged `parameters`.
+
+    Papermill puts what `-p name value` says into a cell of its own, whatever the name and the type. Here a name that
+    the parameters cell does not declare stops the notebook and names the nearest; values are turned into the
+    annotated type ("false" is False, 1e2 is 100), and "auto" passes where it is the declared default.
+    """
+    shell = _shell()
+    cells = [cell for cell in shell.user_ns["In"][:-1] if cell.strip()]
+    injected = next((cell for cell in reversed(cells) if cell.startswith("# Parameters")), None)
+    cell = next((cell for cell in reversed(cells) if cell is not injected and declared(cell)), None)
+    if cell is None:
+        raise InputError("parameters(): run the cell tagged `parameters` first.")
+    return check(declared(cell), assigned(injected) if injected else [], shell.user_ns)
+
+
+def declared(cell: str) -> dict[str, tuple[str, Any]]:
+    """name -> (type, default) of the annotated assignments of a cell."""
+    nodes = [node for node in ast.parse(cell).body if isinstance(node, ast.AnnAssign) and node.value is not None]
+    return {node.target.id: (ast.unparse(node.annotation), ast.literal_eval(node.value)) for node in nodes}
+
+
+def assigned(cell: str) -> list[str]:
+    return [t.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets]
+
+
+def check(known: dict[str, tuple[str, Any]], given: list[str], values: dict[str, Any]) -> SimpleNamespace:
+    """Types and names, apart from the kernel (for tests)."""
+    for name in given:
+        if name not in known:
+            unknown("parameter", name, known)
+    return SimpleNamespace(**{
+        name: values[name] if default == "auto" and values[name] == "auto" else coerce(name, values[name], kind)
+        for name, (kind, default) in known.items()})
+
+
+def coerce(name: str, value: Any, kind: str) -> Any:
+    """A value as papermill hands it over -> the annotated type."""
+    try:
+        if kind == "bool":
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+        if kind == "int":
+            if isinstance(value, bool) or float(value) != int(float(value)):
+                raise ValueError
+            return int(float(value))
+        if kind == "float":
+            return float(value)
+        return str(value)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise InputError(f"Parameter {name} must be a {kind}, but got {value!r}.") from None
+
+
+# ---------------------------------------------------------------- looking
+
+
+def show(thing: Any):
+    """The source of a class, method or function, highlighted: what a lesson talks about is what runs."""
+    from IPython.display import Code
+
+    return Code(inspect.cleandoc("\n" + inspect.getsource(thing)), language="python")
+
+
+def same(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
+    """Assert that a value re-derived in a cell is the package's, and say so."""
+    a, b = torch.as_tensor(ours).detach().float(), torch.as_tensor(theirs).detach().float()
+    worst = (a - b).abs().max().item() if a.shape == b.shape else float("inf")
+    assert worst <= tolerance, f"not the same: the largest difference is {worst:.3g}, shapes {tuple(a.shape)} {tuple(b.shape)}"
+    print(f"same as the package (largest difference {worst:.1g})")
+
+
+class Progress:
+    """Lines about a long job: one line that is updated in front of a person, about ten lines in a file.
+
+    Calling it with (share done, text) returns True where the text was shown.
+    """
+
+    def __init__(self):
+        self.handle, self.shown, self.when = None, 0.0, 0.0
+
+    def __call__(self, share: float, text: str) -> bool:
+        now = time.time()
+        if interactive():
+            if share < 1 and now - self.when < 0.5:
+                return False
+            self._update(text)
+        elif share < 1 and share - self.shown < 0.1 and now - self.when < 60 or share == self.shown:
+            return False
+        else:
+            print(text, flush=True)
+        self.shown, self.when = share, now
+        return True
+
+    def _update(self, text: str) -> None:
+        from IPython.display import display
+
+        bundle = {"text/plain": text}
+        if self.handle is None:
+            self.handle = display(bundle, raw=True, display_id=True)
+        else:
+            self.handle.update(bundle, raw=True)

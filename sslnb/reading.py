@@ -1,0 +1,75 @@
+"""What training reads: which image when, and its crops, all pure functions of (seed, epoch, step)."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from .data import BrokenImage, Images
+from .errors import InputError
+
+
+class ViewSet(Dataset):
+    """`views[(index, seed)]` is (crops, index, seed, broken), the crops being uint8 tensors (3, h, w).
+
+    `crop(image, rng)` makes them, with rng a `random.Random(seed)`: they depend on no worker. For a broken image the
+    next readable one is taken, so that batches stay full: `index` is the image that is shown, `broken` the one that
+    was asked for (-1 if all is well). After 100 broken ones it is an InputError.
+    Torch's default collate gives a list of (B, 3, h, w), then index, seed and broken, each (B,) int64.
+    """
+
+    def __init__(self, images: Images, crop: Callable[[Image.Image, random.Random], list[Tensor]]) -> None:
+        self.images, self.crop = images, crop
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int, int, int]:
+        asked, seed = key
+        for index in range(asked, asked + 100):
+            index %= len(self)
+            try:
+                image = self.images[index]
+            except BrokenImage:
+                continue
+            return self.crop(image, random.Random(seed)), index, seed, -1 if index == asked else asked
+        raise InputError(f"No image can be decoded from {self.images.where(asked)} to the 100th after it.")
+
+
+class EpochSampler(Sampler):
+    """A batch sampler: lists of `batch` pairs (index, seed) for process `rank` of `world`.
+
+    All processes share one permutation per (seed, epoch); step t is its t-th slice of batch * world images,
+    so together they see what one process with the whole batch sees. The incomplete last step is dropped.
+    """
+
+    def __init__(self, size: int, batch: int, *, rank: int = 0, world: int = 1, seed: int = 0) -> None:
+        if batch * world > size:
+            raise InputError(f"The batch is larger than the data: {batch} on {world} process(es) are "
+                             f"{batch * world} images, but there are {size}; lower batch or add images.")
+        self.size, self.batch, self.rank, self.world, self.seed = size, batch, rank, world, seed
+        self.epoch = self.step = 0
+
+    def set_position(self, epoch: int, step: int = 0) -> None:
+        """Iterating next starts at this step of this epoch."""
+        self.epoch, self.step = epoch, step
+
+    def __len__(self) -> int:
+        return max(0, self.size // (self.batch * self.world) - self.step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        seed, epoch, total = self.seed, self.epoch, self.batch * self.world
+        order = np.random.RandomState(draw_seed(seed, epoch, -1) % 2**32).permutation(self.size)
+        for step in range(self.step, self.size // total):
+            start = step * total + self.rank * self.batch
+            yield [(i, draw_seed(seed, epoch, i)) for i in order[start:start + self.batch].tolist()]
+
+
+def draw_seed(seed: int, epoch: int, index: int) -> int:
+    """62 bits from the three numbers and nothing else, so a resumed or rescaled run draws the same crops."""
+    digest = hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2

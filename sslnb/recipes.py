@@ -1,0 +1,216 @@
+"""Recipe: every number of a run, in one frozen object beside its method. Names and total batch are derived, never typed."""
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from .errors import InputError, unknown
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+SHORT = {"resnet50": "r50", "vit_base_patch16_224": "vit_base", "vit_small_patch16_224": "vit_small"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a run does. Lengths are in epochs; `batch` is per process; `lr` is the real learning rate, not a base.
+
+    `numbers` are keyword arguments of the method's constructor (its own numbers and those of its views).
+    `source` says where the numbers come from (paper, official code, zoo, ours), `sources` names the exceptions.
+    """
+
+    method: str
+    backbone: str
+    size: int
+    data: str
+    epochs: int
+    batch: int
+    gpus: int = 1
+    accum: int = 1
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    sgd_momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    min_lr: float = 0.0
+    milestones: tuple[int, ...] = ()
+    clip: float = 0.0
+    precision: str = "fp32"
+    pool: str = "model"
+    force_accum: bool = False
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    backbone_numbers: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "ours"
+    sources: Mapping[str, str] = field(default_factory=dict)
+    published: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+
+    def __post_init__(self):
+        for name in ("numbers", "backbone_numbers", "sources", "published"):  # a frozen object must not change inside
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        for name in ("size", "epochs", "batch", "gpus", "accum"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} {value!r} is impossible: use a whole number of at least 1.")
+        for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name} {getattr(self, name)!r} is impossible: use a number of at least 0.")
+        if self.warmup_epochs > self.epochs:
+            # A short trial of a long recipe: keep the shape instead of training inside the warm-up only.
+            object.__setattr__(self, "warmup_epochs", self.epochs / 10)
+        from .optim import OPTIMIZERS
+
+        for kind, value, known in (("precision", self.precision, PRECISIONS), ("optimizer", self.optimizer, OPTIMIZERS),
+                                   ("schedule", self.schedule, ("cosine", "step", "constant"))):
+            if value not in known:
+                unknown(kind, value, known)
+
+    # ------------------------------------------------------------ derived
+
+    @property
+    def total_batch(self) -> int:
+        """Images per optimizer step: gpus x batch x accum."""
+        return self.gpus * self.batch * self.accum
+
+    @property
+    def name(self) -> str:
+        """In the zoo's grammar, e.g. r50_8xb64_accu8_cos_lr4_8_fp16_ep200."""
+        accum = f"_accu{self.accum}" if self.accum > 1 else ""
+        precision = "" if self.precision == "fp32" else f"_{self.precision}"
+        schedule = {"cosine": "cos", "step": "step", "constant": "const"}[self.schedule]
+        lr = f"{self.lr:g}".replace(".", "_")
+        return (f"{SHORT.get(self.backbone, self.backbone)}_{self.gpus}xb{self.batch}{accum}_{schedule}_lr{lr}"
+                f"{precision}_ep{self.epochs}")
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Optimizer steps; the last, incomplete batch of an epoch is dropped."""
+        steps = images // (self.gpus * self.batch) // self.accum
+        if steps < 1:
+            raise InputError(f"The batch is larger than the data: {self.gpus} x {self.batch} x {self.accum} = "
+                             f"{self.total_batch} images per step, but there are only {images}; choose a smaller batch.")
+        return steps
+
+    def source_of(self, name: str) -> str:
+        return self.sources.get(name, self.source)
+
+    # ------------------------------------------------------------ changed
+
+    def with_(self, **changes: Any) -> "Recipe":
+        """A copy with some values changed: fields by name, and numbers of the method by name."""
+        fields = {f.name for f in dataclasses.fields(self)}
+        own = {k: v for k, v in changes.items() if k in fields}
+        numbers = {k: v for k, v in changes.items() if k not in fields}
+        known = method_numbers(self.method) if numbers else {}
+        for name in numbers:
+            if name not in known:
+                unknown(f"recipe value for {self.method}", name, [*fields, *known])
+        if numbers:
+            own["numbers"] = {**self.numbers, **own.get("numbers", {}), **numbers}
+        return dataclasses.replace(self, **own)
+
+    def on(self, gpus: int, batch: int | None = None) -> "Recipe":
+        """The same total batch on other hardware: accumulates where the method allows it, else grows `batch`."""
+        from . import methods
+
+        total, accumulable = self.total_batch, methods.get(self.method).accumulable or self.force_accum
+        if batch is None:
+            batch = min(self.batch, total // gpus) if accumulable else total // gpus
+        accum = total / max(1, gpus * batch)
+        if accum != int(accum) or accum < 1:
+            raise InputError(f"A total batch of {total} cannot be split over {gpus} processes x {batch} images; "
+                             "choose numbers that divide it.")
+        if accum > self.accum and not accumulable:
+            raise InputError(f"{self.method} must not accumulate: its loss compares the images of one batch, so "
+                             f"{int(accum)} batches of {batch} are another method than one of {total}. "
+                             f"Use batch={total // gpus} or more processes, or force_accum=True if you mean it.")
+        return self.with_(gpus=gpus, batch=batch, accum=int(accum))
+
+    def build(self):
+        """The method with a freshly initialised backbone, from torch's current random state."""
+        from . import backbones, methods
+
+        backbone = backbones.build(self.backbone, self.size, **self.backbone_numbers)
+        return methods.get(self.method)(backbone, **self.numbers)
+
+    # ------------------------------------------------------------ shown and stored
+
+    def describe(self, images: int | None = None) -> str:
+        """The resolved recipe as text: what will run, and where each number comes from."""
+        rows = [("method", self.method), ("backbone", f"{self.backbone} at {self.size} px"), ("data", self.data),
+                ("total batch", f"{self.gpus} x {self.batch} x {self.accum} = {self.total_batch} images per step"),
+                ("optimizer", f"{self.optimizer}, weight decay {self.weight_decay:g}"),
+                ("lr", f"{self.lr:g}, {self.schedule}, warm-up {self.warmup_epochs:g} epochs")]
+        length = f"{self.epochs} epochs"
+        if images:
+            steps = self.steps_per_epoch(images)
+            length += f" x {steps} steps = {self.epochs * steps:,} steps on {images:,} images"
+        rows += [("length", length), ("precision", self.precision)]
+        tags = {"total batch": "batch", "length": "epochs"}
+        lines = [f"{k:>12}  {v}   [{self.source_of(tags.get(k, k))}]" for k, v in rows]
+        lines += [f"{k:>12}  {v}   [{self.source_of(k)}]" for k, v in sorted(self.numbers.items())]
+        lines += [f"{'published':>12}  {v} % ({k})" for k, v in self.published.items()]
+        return "\n".join(lines + ([f"{'note':>12}  {self.note}"] if self.note else []))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, read back by `from_json`."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.loads(json.dumps({k: dict(v) if isinstance(v, Mapping) else v for k, v in plain.items()}))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Recipe":
+        def tupled(v):
+            if isinstance(v, list):
+                return tuple(map(tupled, v))
+            return {k: tupled(x) for k, x in v.items()} if isinstance(v, dict) else v
+        return cls(**{k: tupled(v) for k, v in values.items()})
+
+
+def method_numbers(method: str) -> dict[str, Any]:
+    """Keyword arguments of a method's constructor with their defaults."""
+    from . import methods
+
+    parameters = inspect.signature(methods.get(method).__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def is_imagenet(data: str | Path) -> bool:
+    """The name "imagenet", or a folder whose train/ (or itself) holds synset folders such as n01440764."""
+    if str(data) == "imagenet":
+        return True
+    root = Path(data)
+    train = root / "train" if (root / "train").is_dir() else root
+    return train.is_dir() and sum(bool(re.fullmatch(r"n\d{8}", p.name)) for p in train.iterdir()) >= 1000
+
+
+def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes: int | str = "auto",
+            **changes: Any) -> Recipe:
+    """The recipe that a notebook's parameters mean. A value "auto" leaves the recipe's own.
+
+    recipe "auto": the zoo's ImageNet recipe if `data` is ImageNet (the row with the wanted epochs if there is one),
+    else the demo recipe. `processes` keeps the total batch. Errors: InputError for unknown names and bad numbers.
+    """
+    from . import methods
+
+    changes = {k: v for k, v in changes.items() if not (isinstance(v, str) and v == "auto")}
+    known = methods.recipes(method)
+    if recipe == "auto":
+        rows = [r for name, r in known.items() if name != "demo"]
+        if data != "auto" and is_imagenet(data) and rows:
+            chosen = next((r for r in rows if r.epochs == changes.get("epochs")), rows[0])
+        else:
+            chosen = known["demo"]
+    elif recipe in known:
+        chosen = known[recipe]
+    else:
+        unknown(f"recipe of {method}", recipe, known)
+    if data != "auto":
+        changes["data"] = str(data)
+    chosen = chosen.with_(**changes, sources={**chosen.sources, **dict.fromkeys(changes, "you")})
+    return chosen if processes == "auto" or processes == chosen.gpus else chosen.on(int(processes))

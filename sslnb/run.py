@@ -1,0 +1,250 @@
+"""A run directory: the only meeting place between training, watching, evaluating and comparing.
+
+    recipe.json          what runs: recipe, seed, precision …; the same command finds it and continues
+    provenance.json      versions, git state, hardware, command of every start
+    log.jsonl            one row per logged step, monitor or event
+    status.json          running · interrupted · failed · done, with step, speed and reason
+    checkpoints/         step_00000120-1f3c9a2b.pt: the name carries the checksum
+    snapshots/           figures' tensors on fixed images as training went on
+    backbone.safetensors the result, with timm's names
+    results.jsonl        evaluations
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import InputError
+from .recipes import Recipe
+
+KEEP = 3  # newest checkpoints kept, besides the best
+
+
+class Run:
+    """A run directory that exists. `Run.open(path)` for reading; `pretrain` returns one."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        if not (Path(path) / "recipe.json").is_file():
+            raise InputError(f"{path} is not a run directory: it has no recipe.json. "
+                             "Give the `out` of a pretrain call.")
+        return cls(path)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self.status().get('state', 'new')})"
+
+    # ------------------------------------------------------------ what was asked
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """recipe.json: recipe, seed, precision, workers, compile, trackers."""
+        return json.loads((self.path / "recipe.json").read_text())
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe.from_json(self.settings["recipe"])
+
+    @property
+    def seed(self) -> int:
+        return self.settings["seed"]
+
+    # ------------------------------------------------------------ what happened
+
+    def history(self, kind: str = "step") -> list[dict[str, Any]]:
+        """Rows of log.jsonl of one kind ("step", "monitor", "event"), oldest first. A torn last line is left out."""
+        return [row for row in read_jsonl(self.path / "log.jsonl") if row["kind"] == kind]
+
+    def status(self) -> dict[str, Any]:
+        path = self.path / "status.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def results(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.path / "results.jsonl")
+
+    def provenance(self) -> list[dict[str, Any]]:
+        path = self.path / "provenance.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    def snapshots(self) -> list[tuple[int, dict[str, torch.Tensor]]]:
+        """(step, tensors) in the order of training; [] for methods with nothing to look at."""
+        files = sorted((self.path / "snapshots").glob("step_*.pt"))
+        return [(int(f.stem.split("_")[1]), torch.load(f, weights_only=True)) for f in files]
+
+    def summary(self) -> str:
+        """A few lines for the end of a notebook: status, duration, versions, git state, hardware."""
+        status, starts = self.status(), self.provenance()
+        last = starts[-1] if starts else {}
+        return "\n".join([
+            f"run        {self.path}", f"status     {status.get('state')} at step {status.get('step')} of "
+            f"{status.get('total')}, {status.get('seconds', 0):.0f} s of training in {len(starts)} start(s)",
+            f"recipe     {self.recipe.method}: {self.recipe.name} on {self.recipe.data}, seed {self.seed}",
+            f"versions   {', '.join(f'{k} {v}' for k, v in last.get('versions', {}).items())}",
+            f"git        {last.get('git')}", f"hardware   {last.get('hardware')}"])
+
+    # ------------------------------------------------------------ what was learned
+
+    def method(self) -> nn.Module:
+        """The whole method as of the newest checkpoint (heads, decoder, target), in eval mode on the CPU."""
+        newest = self.latest()
+        if newest is None:
+            raise InputError(f"{self.path} holds no readable checkpoint yet; train it first.")
+        method = self.recipe.build()
+        method.load_state_dict(newest["method"])
+        return method.eval()
+
+    def backbone(self) -> nn.Module:
+        """The trained backbone, in eval mode on the CPU: backbone.safetensors, or the newest checkpoint before that."""
+        from safetensors.torch import load_file
+
+        from .backbones import build
+
+        if not (self.path / "backbone.safetensors").exists():
+            return self.method().backbone
+        backbone = build(self.recipe.backbone, self.recipe.size, **self.recipe.backbone_numbers)
+        backbone.load_state_dict(load_file(self.path / "backbone.safetensors"))
+        return backbone.eval()
+
+    # ------------------------------------------------------------ checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return sorted((self.path / "checkpoints").glob("step_*.pt"))
+
+    def latest(self, say=print) -> dict[str, Any] | None:
+        """The newest checkpoint that is whole, or None. Damaged ones are passed over, saying so."""
+        for path in reversed(self.checkpoints()):
+            if checksum(path) == path.stem.split("-")[1]:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            say(f"{path.name} is damaged (its checksum does not match); falling back to the one before.")
+        return None
+
+    def save_checkpoint(self, state: dict[str, Any]) -> Path:
+        """Write one checkpoint atomically, then drop old ones: a full disk costs the new one only.
+
+        Errors: OSError or RuntimeError if it cannot be written; every earlier checkpoint is still there.
+        """
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        draft = folder / f".step_{state['step']:08d}.draft"
+        try:
+            with draft.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            final = folder / f"step_{state['step']:08d}-{checksum(draft)}.pt"
+            draft.replace(final)
+        finally:
+            draft.unlink(missing_ok=True)
+        _sync_folder(folder)
+        best = self.status().get("best", {}).get("checkpoint")
+        for old in self.checkpoints()[:-KEEP]:
+            if old.name != best:
+                old.unlink()
+        return final
+
+    # ------------------------------------------------------------ writing
+
+    def write_status(self, **values: Any) -> None:
+        write_atomic(self.path / "status.json", json.dumps({**self.status(), **values, "updated": time.time()}))
+
+    def append(self, kind: str, **values: Any) -> None:
+        append_jsonl(self.path / "log.jsonl", {"kind": kind, **values})
+
+    def rewind_log(self, step: int) -> None:
+        """Forget rows after `step`: a resumed run writes them again."""
+        rows = [row for row in read_jsonl(self.path / "log.jsonl") if row.get("step", 0) <= step]
+        write_atomic(self.path / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def add_provenance(self, **values: Any) -> None:
+        write_atomic(self.path / "provenance.json", json.dumps([*self.provenance(), {**environment(), **values}]))
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """One trainer at a time. The lock is the kernel's: it ends with the process, however that dies."""
+        import fcntl
+
+        with (self.path / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                raise InputError(f"{self.path} is being trained by another process ({file.read().strip()}); wait for "
+                                 "it, watch it with Run.open, or choose another `out`.") from None
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+
+
+# ---------------------------------------------------------------- files that survive a crash
+
+
+def checksum(path: Path) -> str:
+    """First 8 hex digits of the file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.draft")
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """One row, on a line of its own even if a crash tore the line before."""
+    with path.open("ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write((json.dumps(row) + "\n").encode())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows that are whole."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git state and hardware of this process."""
+    from importlib.metadata import version
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    packages = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    commit = git("rev-parse", "--short", "HEAD")
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv,
+        "versions": {"python": platform.python_version(), "sslnb": version("sslnb"), **{p: version(p) for p in packages}},
+        "git": f"{commit} with local changes" if commit and git("status", "--porcelain") else commit or "not a checkout",
+        "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads" + (f", {gpus}" if gpus else ""),
+    }

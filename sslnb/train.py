@@ -1,0 +1,329 @@
+"""pretrain(): the one loop, on Accelerate. In the kernel for one process, through torchrun for more; nothing else differs.
+
+    python -m torch.distributed.run --nproc_per_node 8 -m sslnb.train RUN_DIR      what pretrain(processes=8) starts
+"""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import data as datasets
+from . import optim, parts
+from .errors import InputError
+from .launch import Stop, launch
+from .monitor import Meter, Monitor
+from .prepare import prepare
+from .reading import EpochSampler, ViewSet
+from .recipes import Recipe
+from .run import Run, write_atomic
+
+ELASTIC = "TORCHELASTIC_RUN_ID" in os.environ
+
+
+class NonFinite(RuntimeError):
+    """The loss became infinite or NaN; the message names step, term and the saved batch."""
+
+
+def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Path = "auto", *, processes: int = 1,
+             precision: str = "auto", resume: bool = True, seed: int = 0, trackers: Sequence[str] = (),
+             workers: int | str = "auto", compile: bool = False) -> Run:
+    """Train a recipe (or a method's demo recipe by name) on `data` into the run directory `out`.
+
+    The same call again continues an interrupted run exactly, and returns a finished one without training;
+    `resume=False` moves what is there aside and starts anew. `processes` keeps the recipe's total batch and goes
+    through torchrun; 1 trains in this process. `precision` "auto" takes the recipe's, or fp32 on a machine without
+    a GPU. `trackers` are Accelerate's names, such as "tensorboard". Errors: InputError before any work.
+    """
+    run = prepare(recipe, data, out, processes=processes, precision=precision, resume=resume, seed=seed,
+                  trackers=trackers, workers=workers, compile=compile)
+    if run.status().get("state") == "done":
+        print(f"{run.path} is finished already ({run.status()['total']} steps); its results are used.")
+    elif processes > 1:
+        launch(run, processes)
+    else:
+        train(run)
+    return run
+
+
+def train(run: Run) -> None:
+    """Train the run directory to its end in this process (one of several under torchrun)."""
+    with contextlib.ExitStack() as stack:
+        if parts.world()[0] == 0 and int(os.environ.get("RANK", 0)) == 0:
+            stack.enter_context(run.lock())
+        trainer = Trainer(run)
+        stop = stack.enter_context(Stop())
+        try:
+            trainer.fit(stop)
+        except BaseException as error:
+            if trainer.main and run.status().get("state") == "running":
+                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+                run.write_status(state="interrupted" if interrupted else "failed",
+                                 reason=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """One process of a run: model, optimizer, data and position. `fit` is the loop."""
+
+    def __init__(self, run: Run):
+        self.run, self.recipe, self.seed = run, run.recipe, run.seed
+        settings, recipe = run.settings, run.recipe
+        self.accelerator = _accelerator(recipe.precision, settings["trackers"], run.path)
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        if world != recipe.gpus:
+            raise InputError(f"{run.path} was prepared for {recipe.gpus} processes, but {world} were started; "
+                             f"start {recipe.gpus}, or prepare it again with processes={world}.")
+        self.cuda = self.device.type == "cuda"
+        if not self.cuda and world > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+
+        torch.manual_seed(self.seed)  # before anything is built, and the same everywhere
+        method = recipe.build()
+        if method.sync_bn and world > 1:
+            parts.sync_batchnorm(method, self.cuda)
+        method.to(self.device, memory_format=torch.channels_last)
+        self.method = method
+        self.optimizer = optim.build(method.param_groups(recipe), recipe)
+        model = torch.compile(method) if settings["compile"] else method
+        self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        self.model.train()
+        torch.manual_seed(self.seed * 1009 + rank + 1)  # from here on (masks, dropout) processes must differ
+
+        self.images = datasets.load(recipe.data)
+        self.views = method.views(recipe.size)
+        self.sampler = EpochSampler(len(self.images), recipe.batch, rank=rank, world=world, seed=self.seed)
+        workers = _workers(settings["workers"], self.images, world)
+        self.loader = torch.utils.data.DataLoader(
+            ViewSet(self.images, self.views.crop), batch_sampler=self.sampler, num_workers=workers,
+            persistent_workers=workers > 0, pin_memory=self.cuda)
+        self.per_epoch = recipe.steps_per_epoch(len(self.images))
+        self.total, self.step = self.per_epoch * recipe.epochs, 0
+        # On a GPU looking at a value waits for the device, so losses are looked at once per interval.
+        self.log_every = max(1, min(self.per_epoch, self.total // 100, 20))
+        self.check_every = self.log_every if self.cuda else 1
+        self.broken: set[int] = set()
+        self.skipped = 0
+        self.monitor = Monitor(run, self.images, self.views, recipe, self.total, self.per_epoch)
+        self._resume()
+
+    # ------------------------------------------------------------ the loop
+
+    def fit(self, stop: Stop) -> None:
+        run, method = self.run, self.method
+        start = time.time() - run.status().get("seconds", 0.0)
+        if self.main:
+            run.add_provenance(step=self.step, processes=self.accelerator.num_processes)
+            run.write_status(state="running", pid=os.getpid(), step=self.step, reason="")
+        if self.accelerator.trackers or run.settings["trackers"]:
+            self.accelerator.init_trackers("sslnb", config={k: str(v) for k, v in run.settings["recipe"].items()})
+        method.before_train(run)
+        if self.main and self.step == 0:
+            self.monitor.look(method, 0)
+        meter = Meter(self)
+        for epoch in range(self.step // self.per_epoch, self.recipe.epochs):
+            method.before_epoch(run, epoch)
+            self.sampler.set_position(epoch, self.step % self.per_epoch * self.recipe.accum)
+            batches = iter(self.loader)
+            for _ in range(self.step % self.per_epoch, self.per_epoch):
+                terms = self._step(batches, meter)
+                last = self.step == self.total
+                if self.step % self.check_every == 0 or last:
+                    if self._any(stop.asked):
+                        self._leave(start, stop)
+                if self.step % self.log_every == 0 or last:
+                    meter.log(terms, start)
+            self._end_of_epoch(epoch, start)
+        self._finish(start)
+
+    def _step(self, batches, meter: Meter) -> dict[str, Tensor]:
+        """One optimizer step: `accum` micro-batches, then the update. Returns the step's scalars, on the device."""
+        recipe, accum = self.recipe, self.recipe.accum
+        lr = optim.lr_at(self.step, **self._schedule())
+        optim.set_lr(self.optimizer, lr)
+        sums: dict[str, Tensor] = {}
+        for micro in range(accum):
+            with meter.waiting():
+                crops, index, seeds, broken = next(batches)
+                self.broken.update(broken[broken >= 0].tolist())
+            crops = [x.to(self.device, non_blocking=True) for x in crops]
+            views = [x.contiguous(memory_format=torch.channels_last) for x in self.views.photometric(crops, seeds)]
+            together = contextlib.nullcontext() if micro == accum - 1 else self.accelerator.no_sync(self.model)
+            with together:
+                out = self.model(views, index.to(self.device, non_blocking=True))
+                self.accelerator.backward(out["loss"] / accum)
+            for name, value in out.items():
+                if value.ndim == 0:
+                    sums[name] = sums.get(name, 0.0) + value.detach() / accum
+        if self.check_every == 1 or (self.step + 1) % self.check_every == 0:
+            self._stop_if_not_finite(sums, views, index)  # before the update, so that good weights stay good
+        progress = (self.step + 1) / self.total
+        self.method.before_step(progress)
+        if recipe.clip:
+            self.accelerator.clip_grad_norm_(optim.trainable(self.model), recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.accelerator.optimizer_step_was_skipped:  # fp16 overflow: no update, so no EMA either
+            self.skipped += 1
+        else:
+            self.method.after_step(progress)
+        return {**sums, "lr": torch.tensor(lr)}
+
+    def _schedule(self) -> dict:
+        r, n = self.recipe, self.per_epoch
+        return dict(lr=r.lr, total=self.total, warmup=round(r.warmup_epochs * n), schedule=r.schedule, min_lr=r.min_lr,
+                    milestones=tuple(m * n for m in r.milestones))
+
+    def _end_of_epoch(self, epoch: int, start: float) -> None:
+        last = self.step == self.total
+        if self.monitor.due(epoch):
+            if self.main:
+                row = self.monitor.look(self.method, self.step)
+                self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=self.step)
+        if last or (epoch + 1) % max(1, 100 // self.per_epoch) == 0:
+            self.save(start)
+
+    def _finish(self, start: float) -> None:
+        from safetensors.torch import save_file
+
+        broken = sorted(set().union(*self._everywhere(self.broken)))
+        if self.main:
+            weights = {k: v.detach().cpu().contiguous() for k, v in self.method.backbone.state_dict().items()}
+            draft = self.run.path / ".backbone.draft"
+            save_file(weights, draft)
+            draft.replace(self.run.path / "backbone.safetensors")
+            if broken:
+                names = [self.images.where(i) for i in broken]
+                write_atomic(self.run.path / "broken.txt", "\n".join(names) + "\n")
+                print(f"{len(broken)} broken image(s) were skipped, listed in broken.txt: {', '.join(names[:5])}")
+            self.run.write_status(state="done", step=self.step, seconds=time.time() - start, broken=len(broken),
+                                  skipped_steps=self.skipped)
+        self.accelerator.wait_for_everyone()
+
+    def _leave(self, start: float, stop: Stop) -> None:
+        self.save(start)
+        if self.main:
+            self.run.write_status(state="interrupted", reason=stop.reason)
+            print(f"Stopped at step {self.step} of {self.total} ({stop.reason}) and saved; "
+                  "the same command continues here.", flush=True)
+        raise stop.exception()
+
+    def _stop_if_not_finite(self, terms: dict[str, Tensor], views: list[Tensor], index: Tensor) -> None:
+        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+        if not self._any(bool(bad)):
+            return
+        path = self.run.path / f"nonfinite_step_{self.step:08d}_rank{self.accelerator.process_index}.pt"
+        if bad:
+            torch.save({"step": self.step, "terms": terms, "views": views, "index": index}, path)
+        raise NonFinite(f"{', '.join(bad) or 'The loss of another process'} is not finite at step {self.step}; the "
+                        f"batch is in {path.name}. Try a lower lr, a longer warm-up, or bf16 instead of fp16.")
+
+    # ------------------------------------------------------------ between processes
+
+    def _any(self, flag: bool) -> bool:
+        """True where any process says True, so that all of them stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(told)
+        return bool(told > 0)
+
+    def _everywhere(self, value):
+        """[value of process 0, of process 1, …] on every process."""
+        from accelerate.utils import gather_object
+
+        return gather_object([value])
+
+    # ------------------------------------------------------------ save and resume
+
+    def save(self, start: float) -> None:
+        """A checkpoint at this step. A disk that is full stops the run and costs no earlier checkpoint."""
+        random_states = self._everywhere(_random_state(self.cuda))
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        state = {"step": self.step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
+                 "scaler": scaler.state_dict() if scaler else None, "random": random_states, "skipped": self.skipped,
+                 "broken": sorted(self.broken)}
+        try:
+            path = self.run.save_checkpoint(state)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"The checkpoint of step {self.step} cannot be written to {self.run.path} ({error}); "
+                               "earlier ones are untouched. Free some space; the same command continues.") from error
+        self.run.write_status(step=self.step, seconds=time.time() - start, **self.monitor.best(path))
+
+    def _resume(self) -> None:
+        state = self.run.latest(say=print if self.main else lambda text: None)
+        if state is None:
+            if self.main:
+                self.run.rewind_log(-1)
+            return
+        self.step, self.skipped, self.broken = state["step"], state["skipped"], set(state["broken"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        _set_random_state(state["random"][self.accelerator.process_index])
+        if self.main:
+            self.run.rewind_log(self.step)
+            self.run.append("event", step=self.step, text="resumed")
+            print(f"Resuming {self.run.path} at step {self.step} of {self.total}.", flush=True)
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+        self.loader = None  # ends persistent workers
+
+
+def _workers(workers: int | str, images, world: int) -> int:
+    """Loader processes: none for images in memory (starting them costs more), else most of the cores."""
+    if workers != "auto":
+        return int(workers)
+    return 0 if images.root is None else max(1, min(12, (os.cpu_count() or 2) // world - 1))
+
+
+def _accelerator(precision: str, trackers: Sequence[str], path: Path):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if AcceleratorState._shared_state and not ELASTIC:
+        # A kernel trains several runs, and Accelerate would hold it to the precision of the first.
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not torch.cuda.is_available(),
+                       log_with=list(trackers) or None, project_dir=str(path),
+                       kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+
+
+def _random_state(cuda: bool) -> dict[str, Tensor]:
+    """torch's generators: the only ones used after the start (views carry their own seeds)."""
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if cuda else {})}
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def main() -> None:
+    """What torchrun starts in every process."""
+    run = Run.open(sys.argv[1])
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and run.status().get("state") == "failed":
+        sys.exit(1)  # an error that would only repeat itself
+    try:
+        train(run)
+    except InputError as error:
+        sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()

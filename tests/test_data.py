@@ -1,0 +1,384 @@
+"""Images by name, folder or list; every file format; parts of a set; and what each process of a run reads."""
+
+import gzip
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from sslnb import data
+from sslnb.data import BrokenImage, Images, load, read_image
+from sslnb.reading import EpochSampler, ViewSet, draw_seed
+from sslnb.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return load("photos")[0].resize((24, 16))
+
+
+def write_classes(folder: Path, digits, classes="012", each=10, suffix=".png"):
+    for c in classes:
+        (folder / c).mkdir(parents=True)
+        of_class = [i for i in range(len(digits)) if digits.labels[i] == int(c)][:each]
+        for i in of_class:
+            digits[i].save(folder / c / f"{c}_{i}{suffix}")
+    return folder
+
+
+def names(images):
+    return [Path(images.where(i)).name for i in range(len(images))]
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+# By name
+
+@pytest.mark.parametrize("name", ["digits", "digits_scattered", "fashion_small", "photos"])
+def test_embedded_sets_are_rgb_with_one_label_per_image(name):
+    images = load(name)
+    assert images[0].mode == "RGB" and images.where(3) == f"{name}[3]"
+    assert (images.labels is None and images.classes == []) or len(images.labels) == len(images)
+
+
+def test_a_missing_or_mistyped_name_gets_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="did you mean 'cifar10'.*"):
+        load("cifr10")
+    with pytest.raises(InputError, match="or a path to a folder or list file"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="split of digits 'tset': did you mean 'test'"):
+        load("digits", "tset")
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_fashion_mnist_is_read_from_torchvisions_layout(tmp_path, end, monkeypatch):
+    small = load("fashion_small", "test").subset(range(20))
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    grey = small.items[..., 0]
+    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in grey.shape)
+    for part, content in (("images-idx3", header + grey.tobytes()),
+                          ("labels-idx1", bytes([0, 0, 8, 1, 0, 0, 0, 20, *small.labels.tolist()]))):
+        (raw / f"t10k-{part}-ubyte{end}").write_bytes(gzip.compress(content) if end else content)
+    found = load("fashion_mnist", "test", root=tmp_path)
+    assert found.labels.equal(small.labels) and (pixels(found[7]) == pixels(small[7])).all()
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path)
+    with pytest.raises(InputError, match="fashion_mnist.*torchvision.datasets.FashionMNIST"):
+        load("fashion_mnist", "train", root=tmp_path)
+
+
+def test_cifar_and_stl_are_read_through_torchvision(tmp_path, photo, monkeypatch):
+    from torchvision import datasets
+    for module in (datasets.cifar, datasets.stl10):
+        monkeypatch.setattr(module, "check_integrity", lambda *a, **k: True)
+    crop = pixels(photo.resize((32, 32))).astype(np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    batch = {"data": crop.transpose(2, 0, 1).reshape(1, -1), "labels": [4]}
+    (folder / "test_batch").write_bytes(pickle.dumps(batch))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    cifar = load("cifar10", "test", root=tmp_path)
+    assert (pixels(cifar[0]) == crop).all() and cifar.labels.tolist() == [4] and cifar.classes[4] == "e"
+
+    crop = pixels(photo.resize((96, 96))).astype(np.uint8)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for part in ("test", "unlabeled"):
+        (folder / f"{part}_X.bin").write_bytes(crop.transpose(2, 1, 0).tobytes())
+    (folder / "test_y.bin").write_bytes(bytes([3]))
+    (folder / "class_names.txt").write_text("airplane\nbird\ncar\n")
+    monkeypatch.setenv("SSLNB_DATA", str(tmp_path))
+    assert load("stl10", "test").labels.tolist() == [2]
+    unlabeled = load("stl10", "unlabeled")
+    assert (pixels(unlabeled[0]) == crop).all() and unlabeled.labels is None and unlabeled.classes == []
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_an_absent_download_names_the_folder_and_the_remedy(name, tmp_path):
+    remedy = rf"torchvision.datasets.{name.upper()}\(.*download=True"
+    with pytest.raises(InputError, match=f"{name} .*{tmp_path}.*{remedy}"):
+        load(name, root=tmp_path)
+
+
+def test_imagenet_and_its_hundred_classes(tmp_path, digits, monkeypatch):
+    write_classes(tmp_path / "train", digits, "0123", suffix=".JPEG")
+    write_classes(tmp_path / "val", digits, "013", each=2, suffix=".JPEG")  # class 2 has no validation image
+    monkeypatch.setenv("IMAGENET", str(tmp_path))
+    train, test = load("imagenet"), load("imagenet", "test")
+    assert train.classes == test.classes == list("0123") and len(train) == 40
+    assert test.labels.tolist() == [0, 0, 1, 1, 3, 3], "both splits must number the classes alike"
+    with pytest.raises(InputError, match="imagenet100 needs classes=FILE"):
+        load("imagenet100")
+    file = tmp_path / "classes.txt"
+    file.write_text("3\n1\n")
+    some = load("imagenet100", "test", classes=file)
+    assert some.classes == ["1", "3"] and some.labels.tolist() == [0, 0, 1, 1]
+    assert [name[0] for name in names(some)] == ["1", "1", "3", "3"]
+    file.write_text("1\nn999\n")
+    with pytest.raises(InputError, match="imagenet100 lacks 1 of 2 classes.*n999"):
+        load("imagenet100", classes=file)
+    with pytest.raises(InputError, match="imagenet: there is no folder .*IMAGENET"):
+        load("imagenet", root=tmp_path / "elsewhere")
+
+
+# By path
+
+def test_class_folders_hold_out_a_tenth_of_each_class(tmp_path, digits):
+    write_classes(tmp_path, digits, each=20)
+    train, test = load(tmp_path), load(str(tmp_path), "test")
+    assert not set(names(train)) & set(names(test)) and len(train) + len(test) == 60
+    assert test.labels.bincount().tolist() == [2, 2, 2]
+    assert test.split == "test" and test.classes == list("012")
+    assert names(test) == names(load(tmp_path, "test")) != names(load(tmp_path, "test", seed=1))
+    assert all(int(name[0]) == label for name, label in zip(names(train), train.labels, strict=True))
+
+
+@pytest.mark.parametrize("held", ["val", "test"])
+def test_split_folders_are_used_as_they_are(tmp_path, digits, held):
+    write_classes(tmp_path / "train", digits)
+    write_classes(tmp_path / held, digits, each=3)
+    assert len(load(tmp_path)) == 30 and len(load(tmp_path, "test")) == 9
+
+
+def test_a_class_may_be_called_train(tmp_path, digits):
+    write_classes(tmp_path, digits, "01")
+    (tmp_path / "0").rename(tmp_path / "train")
+    assert load(tmp_path).classes == ["1", "train"]
+
+
+def test_a_flat_folder_has_no_labels_and_extensions_have_no_case(tmp_path, digits):
+    for i, end in enumerate(["jpg", "JPEG", "Png", "bmp", "webp", "TIF", "tiff", "ppm"]):
+        digits[i].save(tmp_path / f"{i}.{end}")
+    (tmp_path / "notes.txt").write_text("not an image")
+    (tmp_path / "._0.jpg").write_text("what macOS leaves behind")
+    train, test = load(tmp_path), load(tmp_path, "test")
+    assert len(train) == 7 and len(test) == 1 and train.labels is None and train.classes == []
+    assert all(image.size == (8, 8) for image in train)
+
+
+def test_contradictory_folders(tmp_path, digits):
+    with pytest.raises(InputError, match="has no images"):
+        load(tmp_path)
+    digits[0].save(tmp_path / "0.png")
+    with pytest.raises(InputError, match=r"has 1 image\(s\), too few"):
+        load(tmp_path, "test")
+    write_classes(tmp_path, digits, "0")
+    with pytest.raises(InputError, match="1 images beside class folders such as 0/"):
+        load(tmp_path)
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "0").rename(tmp_path / "train")
+    with pytest.raises(InputError, match="no folder .*test for the split 'test'"):
+        load(tmp_path, "test")
+
+
+def test_list_files_allow_spaces_and_labels(tmp_path, digits):
+    (tmp_path / "my digits").mkdir()
+    for i in range(20):
+        digits[i].save(tmp_path / "my digits" / f"no {i}.png")
+    lines = [f"my digits/no {i}.png" for i in range(20)]
+    file = tmp_path / "list.txt"
+    file.write_text("\n".join(f"{line} {i % 2}" for i, line in enumerate(lines)) + "\n\n")
+    train, test = load(file), load(file, "test")
+    assert sorted(names(train) + names(test)) == sorted(Path(line).name for line in lines)
+    assert train.classes == ["0", "1"] and test.labels.tolist() == [0, 1]
+    assert all(int(name[3:-4]) % 2 == label for name, label in zip(names(train), train.labels, strict=True))
+    assert (pixels(train[0]) == pixels(digits[int(names(train)[0][3:-4])])).all()
+
+    elsewhere = tmp_path / "lists" / "unlabelled.txt"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("\r\n".join(lines))
+    assert load(elsewhere, root=tmp_path).labels is None
+    with pytest.raises(InputError, match="20 files that are not in .*first 'my digits/no 0.png'"):
+        load(elsewhere)
+    file.write_text(f"{lines[0]} 1\n{lines[1]}\n")
+    with pytest.raises(InputError, match="1 of 2 lines end in a label"):
+        load(file)
+    file.write_text(" \n\n")
+    with pytest.raises(InputError, match="list.txt is empty"):
+        load(file)
+    with pytest.raises(InputError, match="cannot be read as a list file"):
+        load(tmp_path / lines[0])
+
+
+# Decoding
+
+def saved(tmp_path, image, name, **options):
+    image.save(tmp_path / name, **options)
+    return read_image(tmp_path / name)
+
+
+def test_transparency_is_composited_on_white(tmp_path, photo):
+    alpha = np.zeros((16, 24), np.uint8)
+    alpha[:, 12:] = 255
+    clear = photo.copy()
+    clear.putalpha(Image.fromarray(alpha))
+    for image in (clear, clear.convert("LA")):
+        decoded = pixels(saved(tmp_path, image, "a.png"))
+        assert (decoded[:, :12] == 255).all()
+        assert (decoded[:, 12:] == pixels(image.convert("RGB"))[:, 12:]).all()
+    palette = photo.quantize(16)
+    corner = palette.getpixel((0, 0))
+    decoded = pixels(saved(tmp_path, palette, "p.png", transparency=corner))
+    where = np.asarray(palette) == corner
+    assert (decoded[where] == 255).all() and (decoded[~where] == pixels(palette.convert("RGB"))[~where]).all()
+
+
+@pytest.mark.parametrize("mode,name,tolerance", [("L", "a.png", 0), ("1", "a.png", 0), ("P", "a.png", 0),
+                                                 ("CMYK", "a.jpg", 25), ("YCbCr", "a.jpg", 25)])
+def test_other_modes_become_rgb(tmp_path, photo, mode, name, tolerance):
+    image = photo.convert(mode)
+    decoded = saved(tmp_path, image, name)
+    assert decoded.mode == "RGB"
+    assert np.abs(pixels(decoded) - pixels(image.convert("RGB"))).mean() <= tolerance
+
+
+def test_deep_images_are_scaled_to_8_bits(tmp_path, photo):
+    grey = pixels(photo.convert("L"))
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    sixteen = Image.fromarray((grey * 257).astype(np.uint16))
+    assert sixteen.mode.startswith("I;16")
+    for name in ("a.png", "a.tif"):
+        assert (pixels(saved(tmp_path, sixteen, name)) == expected).all()
+    thirty_two = Image.fromarray((grey * 257).astype(np.int32))
+    assert (pixels(saved(tmp_path, thirty_two, "b.tif")) == expected).all()
+    reals = Image.fromarray((grey / 100 - 3).astype(np.float32))
+    stretched = pixels(saved(tmp_path, reals, "c.tif"))[..., 0]
+    assert stretched.min() == 0 and stretched.max() == 255
+    assert np.abs(stretched - (grey - grey.min()) * 255 / (grey.max() - grey.min())).max() <= 0.51
+
+
+def test_exif_orientation_is_applied(tmp_path, photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    decoded = saved(tmp_path, photo, "turned.png", exif=exif)
+    assert (pixels(decoded) == np.rot90(pixels(photo), -1)).all()
+
+
+# Parts
+
+def test_fraction_is_stratified_deterministic_and_nested(digits):
+    tenth = load("digits", fraction=0.1)
+    counts = digits.labels.bincount()
+    assert (tenth.labels.bincount() - counts * 0.1).abs().max() <= 0.5
+    assert (load("digits", fraction=0.0001).labels.bincount(minlength=10) == 1).all(), "no class may vanish"
+    assert (tenth.items == load("digits", fraction=0.1).items).all()
+    assert tenth.items.tobytes() != load("digits", fraction=0.1, seed=1).items.tobytes()
+    small = {image.tobytes() for image in load("digits", fraction=0.01).items}
+    assert small <= {image.tobytes() for image in tenth.items}
+    assert len(load("digits", fraction=1.0)) == len(digits) and len(load("photos", fraction=0.5)) == 6
+    for wrong in (0, -0.1, 1.5, float("nan")):
+        with pytest.raises(InputError, match=r"outside \(0, 1\]"):
+            load("digits", fraction=wrong)
+
+
+def test_fraction_by_file(tmp_path, digits):
+    write_classes(tmp_path / "set" / "train", digits)
+    everything = names(load(tmp_path / "set"))
+    file = tmp_path / "part.txt"
+    file.write_text(f"{everything[25]}\n0/{everything[3]}\n")
+    part = load(tmp_path / "set", fraction=file)
+    assert names(part) == [everything[3], everything[25]] and part.labels.tolist() == [0, 2]
+    file.write_text(f"{everything[25]}\nn01440764_10026.JPEG\n")
+    with pytest.raises(InputError, match="1 of 2 file names are not in .*n01440764_10026"):
+        load(tmp_path / "set", fraction=file)
+    with pytest.raises(InputError, match="2 of 2 file names are not in digits"):
+        load("digits", fraction=file)
+    for c in "01":
+        digits[0].save(tmp_path / "set" / "train" / c / "same.png")
+    file.write_text("same.png")
+    with pytest.raises(InputError, match="fit several images"):
+        load(tmp_path / "set", fraction=file)
+    with pytest.raises(InputError, match="cannot be read as a list file"):
+        load("digits", fraction=tmp_path / "absent.txt")
+
+
+# What training reads
+
+def crop(image, rng):
+    x, y = rng.randrange(3), rng.randrange(3)
+    large = torch.from_numpy(np.array(image.crop((x, y, x + 6, y + 6)))).permute(2, 0, 1).contiguous()
+    return [large, large[:, :4, :4]]
+
+
+def test_broken_images_are_replaced_and_marked(tmp_path, digits):
+    paths = []
+    for i in range(5):
+        digits[i].resize((64, 64)).save(tmp_path / f"{i}.jpg")
+        paths.append(f"{i}.jpg")
+    whole = (tmp_path / "4.jpg").read_bytes()
+    (tmp_path / "4.jpg").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "3.jpg").write_text("<html>404</html>")
+    images = Images("five", "train", paths, root=tmp_path)
+    for i in (3, 4):
+        with pytest.raises(BrokenImage, match=f"{i}.jpg: "):
+            images[i]
+    views = ViewSet(images, crop)
+    crops, index, seed, broken = next(iter(DataLoader(views, batch_sampler=[[(i, 7) for i in range(5)]])))
+    assert broken.tolist() == [-1, -1, -1, 3, 4] and index.tolist() == [0, 1, 2, 0, 0]
+    assert crops[0][3].equal(crops[0][0])
+    assert crops[0][4].equal(crops[0][0]), "the search goes on at the first image"
+    bad = ViewSet(images.subset([3, 4]), crop)
+    with pytest.raises(InputError, match="No image can be decoded from .*3.jpg"):
+        bad[(0, 1)]
+
+
+def test_a_loader_gives_the_same_bytes_for_any_number_of_workers(digits):
+    def batches(workers):
+        sampler = EpochSampler(40, 8, seed=3)
+        return list(DataLoader(ViewSet(digits, crop), batch_sampler=sampler, num_workers=workers))
+
+    here, there = batches(0), batches(2)
+    assert len(here) == len(there) == 5
+    for (crops, index, seed, broken), other in zip(here, there, strict=True):
+        assert [x.shape for x in crops] == [(8, 3, 6, 6), (8, 3, 4, 4)] and crops[0].dtype == torch.uint8
+        assert index.dtype == seed.dtype == torch.int64 and (broken == -1).all()
+        assert all(a.equal(b) for a, b in zip(crops, other[0], strict=True))
+        assert index.equal(other[1]) and seed.equal(other[2])
+    assert crops[0][0].equal(crop(digits[int(index[0])], random.Random(int(seed[0])))[0])
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_what_one_process_with_the_whole_batch_sees(world):
+    alone = list(EpochSampler(50, 8, seed=5))
+    ranks = [list(EpochSampler(50, 8 // world, rank=r, world=world, seed=5)) for r in range(world)]
+    together = [[pair for part in step for pair in part] for step in zip(*ranks, strict=True)]
+    assert together == alone and len(alone) == 6
+    assert len({index for step in alone for index, _ in step}) == 48, "no image twice in an epoch"
+
+
+def test_epochs_differ_and_a_resumed_epoch_is_the_tail():
+    sampler = EpochSampler(50, 8)
+    first = list(sampler)
+    sampler.set_position(1, 0)
+    second = list(sampler)
+    assert [i for step in first for i, _ in step] != [i for step in second for i, _ in step]
+    sampler.set_position(1, 4)
+    assert list(sampler) == second[4:] and len(sampler) == 2
+    assert list(EpochSampler(50, 8, seed=1)) != first
+
+
+def test_seeds_depend_on_seed_epoch_and_index_only():
+    for batch, world in ((8, 1), (5, 2)):
+        sampler = EpochSampler(50, batch, world=world, seed=2)
+        sampler.set_position(3, 1)
+        assert all(seed == draw_seed(2, 3, index) for step in sampler for index, seed in step)
+    drawn = {draw_seed(s, e, i) for s in range(5) for e in range(5) for i in range(40)}
+    assert len(drawn) == 1000 and all(0 <= seed < 2**62 for seed in drawn)
+    assert draw_seed(0, 0, 0) == 1941451862642788776, "runs of earlier versions must stay resumable"
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(InputError, match=r"larger than the data: 30 on 2 process\(es\) are 60 images.*50"):
+        EpochSampler(50, 30, world=2)

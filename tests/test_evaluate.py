@@ -1,0 +1,653 @@
+"""Evaluation against oracles: nested loops, scikit-learn, numbers worked out by hand."""
+
+import json
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from sslnb.errors import InputError
+from sslnb.evaluate import PROTOCOLS, Outcome, evaluate, interval, mean_interval, table
+from sslnb.evaluate.collapse import alignment, diagnose, effective_rank, feature_std, panel, uniformity
+from sslnb.evaluate.features import calibrated, extract, raw_pixels, to_batch
+from sslnb.evaluate.knn import weighted_knn
+from sslnb.evaluate.linear import linear_probe
+from sslnb.evaluate.sources import untrained
+
+HALF = (0.5, 0.5, 0.5)
+
+
+class Pictures:
+    """A stand-in for sslnb.data.Images: pixels (N, h, w, 3) uint8; the images in `bad` cannot be read."""
+
+    def __init__(self, pixels, labels=None, bad=(), name="pictures"):
+        self.pixels, self.bad, self.name, self.split = pixels, set(bad), name, "train"
+        self.labels = None if labels is None else torch.as_tensor(labels)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, i):
+        from sslnb.data import BrokenImage
+
+        if i in self.bad:
+            raise BrokenImage(f"picture {i} cannot be read")
+        return Image.fromarray(self.pixels[i])
+
+
+class Net(nn.Module):
+    """Small, with BatchNorm and dropout, so that a wrong mode changes something."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5),
+                                    nn.AdaptiveAvgPool2d(2), nn.Flatten())
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Every name builds the small Net; the list says which names and sizes were asked for."""
+    asked = []
+    monkeypatch.setattr("sslnb.backbones.build", lambda name, size: asked.append((name, size)) or Net())
+    return asked
+
+
+@pytest.fixture
+def pictures():
+    """60 pictures of 12 x 12 in 3 classes told apart by their brightness."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    pixels = rng.integers(0, 60, (60, 12, 12, 3)) + 90 * labels[:, None, None, None]
+    return Pictures(pixels.astype(np.uint8), labels)
+
+
+def digits(shuffled):
+    """scikit-learn's digits as (train, labels, test, labels); in their own order the test writers are new."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x, y = torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+    order = torch.arange(1797)
+    if shuffled:
+        order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
+    train, test = order[:1300], order[1300:]
+    return x[train], y[train], x[test], y[test]
+
+
+@pytest.fixture
+def clouds():
+    """Overlapping clusters: train (200, 6), test (70, 6), labels 0, 1, 4, 7, 8, 9, 11 (gaps on purpose)."""
+    g = torch.Generator().manual_seed(0)
+    names = torch.tensor([0, 1, 4, 7, 8, 9, 11])
+    centres = torch.randn(7, 6, generator=g)
+    a, b = torch.randint(7, (200,), generator=g), torch.randint(7, (70,), generator=g)
+    return (centres[a] + torch.randn(200, 6, generator=g), names[a],
+            centres[b] + torch.randn(70, 6, generator=g), names[b])
+
+
+# ---- reading images ----
+
+def test_large_images_are_resized_with_a_margin_and_cropped():
+    """Short side to 128, crop 112: a frame that only the margin holds must be gone, the middle must stay."""
+    pixels = np.full((1, 256, 256, 3), 100, np.uint8)
+    pixels[:, :10] = pixels[:, -10:] = 255  # the margin is 256 * (1 - 224 / 256) / 2 = 16 pixels on each side
+    x, kept = to_batch(Pictures(pixels), [0], 112, (0, 0, 0), (1, 1, 1))
+    assert x.shape == (1, 3, 112, 112) and kept == [0]
+    assert torch.allclose(x, torch.tensor(100 / 255), atol=0.005)
+
+
+@pytest.mark.parametrize("size", [20, 96, 112])
+def test_reading_equals_torchvision(size):
+    from torchvision.transforms import v2
+
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 150, 101, 3)).astype(np.uint8)
+    short = round(size * 256 / 224) if size >= 96 else size
+    expected = v2.Compose([v2.Resize(short, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size),
+                           v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                           v2.Normalize(HALF, (0.2, 0.3, 0.4))])
+    x, _ = to_batch(Pictures(pixels), [0], size, HALF, (0.2, 0.3, 0.4))
+    assert torch.allclose(x[0], expected(Image.fromarray(pixels[0])), atol=1e-6)
+
+
+def test_small_images_of_the_right_size_are_untouched(pictures):
+    x, _ = to_batch(pictures, [5], 12, (0, 0, 0), (1, 1, 1))
+    assert torch.equal((x[0] * 255).round().byte(), torch.from_numpy(pictures.pixels[5]).permute(2, 0, 1))
+
+
+def test_broken_images_leave_with_their_labels(pictures):
+    pictures.bad = {0, 7, 59}
+    kept = [i for i in range(60) if i not in pictures.bad]
+    for f in (extract(Net(), pictures, size=12, batch=16), raw_pixels(pictures, 12)):
+        assert f.index.tolist() == kept and torch.equal(f.labels, pictures.labels[kept])
+        assert len(f.x) == 57 and len(f.broken) == 3 and "picture 7" in f.broken[1]
+    x, indices = to_batch(pictures, [6, 7, 8], 12, HALF, HALF)
+    assert len(x) == 2 and indices == [6, 8]
+
+
+def test_a_set_of_broken_images_gives_no_rows(pictures):
+    pictures.bad = set(range(60))
+    f = extract(Net(), pictures, size=12)
+    assert len(f.x) == len(f.index) == len(f.labels) == 0 and len(f.broken) == 60
+
+
+# ---- features ----
+
+def test_extract_computes_the_backbone_in_eval_mode_whatever_the_batches(pictures):
+    net = Net().eval()
+    with torch.no_grad():
+        expected = net(to_batch(pictures, range(60), 12, HALF, HALF)[0])
+    for batch, workers in ((7, 0), (256, 0), (25, 1)):
+        f = extract(net.train(), pictures, size=12, mean=HALF, std=HALF, batch=batch, workers=workers)
+        assert torch.allclose(f.x, expected, atol=1e-5) and f.x.dtype == torch.float32
+        assert f.index.tolist() == list(range(60))
+
+
+def test_extract_leaves_the_backbone_and_the_random_state_alone(pictures):
+    net = Net().train()
+    net.layers[1].eval()  # frozen on purpose: must still be frozen afterwards
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    state = torch.get_rng_state()
+    f = extract(net, pictures, size=12)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not f.x.requires_grad
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert net.training and net.layers[3].training and not net.layers[1].training
+
+
+def test_the_training_flag_comes_back_after_an_error(pictures):
+    net = Net().train()
+    net.layers.append(nn.Linear(5, 5))  # does not fit
+    with pytest.raises(RuntimeError):
+        extract(net, pictures, size=12)
+    assert net.training
+
+
+def test_limit_draws_from_the_whole_set(pictures):
+    pictures.labels = torch.arange(60) // 20  # sorted by class
+    f = extract(Net(), pictures, size=12, limit=15)
+    again = raw_pixels(pictures, 12, limit=15)
+    assert len(f.x) == 15 and torch.equal(f.index, again.index) and set(f.labels.tolist()) == {0, 1, 2}
+    assert f.index.tolist() == sorted(f.index.tolist()) and torch.equal(f.labels, pictures.labels[f.index])
+
+
+def test_raw_pixels_are_the_pixels(pictures):
+    f = raw_pixels(pictures, 12)
+    want = torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2).flatten(1) / 255
+    assert torch.allclose(f.x, want) and f.x.max() <= 1
+    assert raw_pixels(Pictures(np.zeros((1, 64, 64, 3), np.uint8)), 224).x.shape == (1, 3 * 32 * 32)
+
+
+def test_calibrated_estimates_the_statistics_of_the_copy_only(pictures):
+    net = Net().train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    twin = calibrated(net, pictures, size=12, mean=HALF, std=HALF, batch=60)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.training
+    with torch.no_grad():
+        z = net.layers[0](to_batch(pictures, range(60), 12, HALF, HALF)[0])
+    norm = twin.layers[1]
+    assert torch.allclose(norm.running_mean, z.mean((0, 2, 3)), atol=1e-5)
+    assert torch.allclose(norm.running_var, z.var((0, 2, 3)), atol=1e-4)
+    assert norm.momentum == net.layers[1].momentum and twin.training
+    assert torch.equal(twin.layers[0].weight, net.layers[0].weight)
+
+
+def test_calibrated_averages_whole_batches(pictures):
+    """With 25 of 60 images per batch there are two whole batches; the 10 left over are not a third."""
+    norm = calibrated(Net(), pictures, size=12, batch=25).layers[1]
+    assert norm.num_batches_tracked == 2
+    assert calibrated(Net(), pictures, size=12, batch=25, batches=1).layers[1].num_batches_tracked == 1
+    assert calibrated(Net(), pictures, size=12, batch=500).layers[1].num_batches_tracked == 1
+
+
+def test_calibrated_uses_the_seed(pictures):
+    net = Net()
+    a, b, c = (calibrated(net, pictures, size=12, batch=20, batches=1, seed=s).layers[1].running_mean
+               for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+# ---- kNN ----
+
+def slow_knn(train, labels, test, k, tau, leave_out=False):
+    train, test = train.double(), test.double()
+    predictions = []
+    for i in range(len(test)):
+        s = [(float(torch.cosine_similarity(test[i], train[j], dim=0)), j) for j in range(len(train))
+             if not (leave_out and i == j)]
+        votes: dict[int, float] = {}
+        for similarity, j in sorted(s, reverse=True)[:k]:
+            votes[int(labels[j])] = votes.get(int(labels[j]), 0) + math.exp(similarity / tau)
+        predictions.append(max(votes, key=votes.get))
+    return predictions
+
+
+@pytest.mark.parametrize("k,tau", [(1, 0.07), (20, 0.07), (20, 10.0), (200, 0.5)])
+def test_knn_equals_nested_loops(clouds, k, tau):
+    result = weighted_knn(*clouds, k=k, temperature=tau)
+    assert result.predictions.tolist() == slow_knn(clouds[0], clouds[1], clouds[2], k, tau)
+    assert result.top1 == pytest.approx(100 * (result.predictions == clouds[3]).float().mean().item())
+
+
+def test_knn_equals_sklearn(clouds):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train, train_labels, test, test_labels = clouds
+    oracle = KNeighborsClassifier(15, weights=lambda d: np.exp((1 - d) / 0.1), algorithm="brute",
+                                  metric="cosine")
+    oracle.fit(train.numpy(), train_labels.numpy())
+    result = weighted_knn(*clouds, k=15, temperature=0.1)
+    assert result.predictions.tolist() == oracle.predict(test.numpy()).tolist()
+    votes = oracle.predict_proba(test.numpy())  # columns: the sorted labels that occur
+    ranked = oracle.classes_[np.argsort(-votes, axis=1)[:, :5]]
+    seen = np.take_along_axis(votes, np.argsort(-votes, axis=1)[:, :5], 1) > 0
+    assert result.top5 == pytest.approx(100 * ((ranked == test_labels.numpy()[:, None]) & seen).any(1).mean())
+    assert result.top5 > result.top1
+
+
+def test_knn_does_not_depend_on_the_chunks(clouds):
+    whole = weighted_knn(*clouds, k=20)
+    for chunk in (1, 3, 64):  # the bank goes by 16, 48 and 1024 rows
+        part = weighted_knn(*clouds, k=20, chunk=chunk)
+        assert torch.equal(part.predictions, whole.predictions) and part.top5 == whole.top5
+
+
+def test_knn_leave_one_out(clouds):
+    x, y = clouds[:2]
+    assert weighted_knn(x, y, x, y, k=1).top1 == 100  # each finds itself
+    for chunk in (5, 1024):
+        result = weighted_knn(x, y, x, y, k=7, exclude_self=True, chunk=chunk)
+        assert result.predictions.tolist() == slow_knn(x, y, x, 7, 0.07, leave_out=True)
+    assert result.top1 < 100
+
+
+def test_knn_classes_that_only_one_side_has(clouds):
+    train, train_labels, test, test_labels = clouds
+    result = weighted_knn(train, train_labels, test, torch.full_like(test_labels, 30))
+    assert result.top1 == 0 and result.top5 == 0
+    # One class gets all votes; the other ranks are ties at zero, which must not count as hits.
+    assert weighted_knn(train, torch.zeros_like(train_labels), test, torch.arange(70) % 6 + 1).top5 == 0
+    assert weighted_knn(train, train_labels + 30, test, test_labels).top1 == 0
+
+
+def test_knn_top5_is_none_where_it_means_nothing(clouds):
+    train, train_labels, test, test_labels = clouds
+    assert weighted_knn(*clouds, k=4).top5 is None
+    assert weighted_knn(train, train_labels % 5, test, test_labels % 5).top5 is None
+    assert weighted_knn(train, train_labels % 5, test, test_labels).top5 is not None  # classes of both sides
+
+
+def test_knn_small_temperature_does_not_overflow(clouds):
+    cold = weighted_knn(*clouds, k=20, temperature=0.001)
+    assert torch.equal(cold.predictions, weighted_knn(*clouds, k=1).predictions)
+
+
+@pytest.mark.parametrize("change,match", [
+    (dict(k=201), "k=201.*from 200"), (dict(k=0), "k=0"), (dict(temperature=0.0), "temperature"),
+    (dict(exclude_self=True), "same rows")])
+def test_knn_refuses(clouds, change, match):
+    with pytest.raises(InputError, match=match):
+        weighted_knn(*clouds, **change)
+
+
+def test_knn_refuses_self_as_last_neighbour_and_wrong_labels(clouds):
+    x, y, test, test_labels = clouds
+    with pytest.raises(InputError, match="k=200"):
+        weighted_knn(x, y, x, y, k=200, exclude_self=True)
+    for probe in (weighted_knn, linear_probe):
+        with pytest.raises(InputError, match="differ in number"):
+            probe(x, y[:-1], test, test_labels)
+        with pytest.raises(InputError, match="count from 0"):
+            probe(x, y - 1, test, test_labels)
+
+
+# ---- linear probe ----
+
+@pytest.mark.parametrize("shuffled,least", [(True, 93), (False, 90)])  # sklearn: 96.8 and 92.4
+def test_probe_on_digits_is_as_good_as_logistic_regression(shuffled, least):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import StandardScaler
+
+    train, train_labels, test, test_labels = digits(shuffled)
+    probe = linear_probe(train, train_labels, test, test_labels)
+    scaler = StandardScaler().fit(train)
+    oracle = LogisticRegression(max_iter=2000).fit(scaler.transform(train), train_labels)
+    reference = 100 * oracle.score(scaler.transform(test), test_labels)
+    assert probe.top1 > least and abs(probe.top1 - reference) < 3
+    assert probe.top1 == pytest.approx(100 * (probe.predictions == test_labels).float().mean().item())
+    assert not probe.at_edge and probe.validation[probe.lr] == max(probe.validation.values())
+
+
+def test_probe_follows_the_gradient_of_autograd():
+    """The same batches through torch's own cross-entropy, SGD and cosine must give the same weights."""
+    g = torch.Generator().manual_seed(0)
+    x, y = 3 + 2 * torch.randn(50, 4, generator=g), torch.arange(50) % 3
+    probe = linear_probe(x, y, x, y, lrs=[0.05], epochs=4, batch=16, weight_decay=0.01, seed=5)
+    g = torch.Generator().manual_seed(5)
+    head = nn.Linear(4, 3)
+    with torch.no_grad():
+        head.weight.copy_(0.01 * torch.randn(1, 4, 3, generator=g)[0].T)
+        head.bias.zero_()
+    sgd = torch.optim.SGD([{"params": [head.weight], "weight_decay": 0.01}, {"params": [head.bias]}], lr=0.05,
+                          momentum=0.9)
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    for epoch in range(4):
+        for group in sgd.param_groups:
+            group["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * epoch / 4))
+        for rows in torch.randperm(50, generator=g).split(16):
+            sgd.zero_grad()
+            nn.functional.cross_entropy(head(z[rows]), y[rows]).backward()
+            sgd.step()
+    assert torch.allclose(probe.weight, head.weight.T, atol=1e-5)
+    assert torch.equal(probe.predictions, head(z).argmax(1))
+
+
+def test_probe_trains_the_rates_independently(clouds):
+    """Also beside a rate that diverges."""
+    alone = [linear_probe(*clouds, lrs=[lr], epochs=10).validation[lr] for lr in (0.01, 0.1)]
+    together = linear_probe(*clouds, lrs=[0.01, 0.1, 1e38], epochs=10)
+    assert [together.validation[lr] for lr in (0.01, 0.1)] == pytest.approx(alone, abs=1e-4)
+    assert together.lr != 1e38
+
+
+def test_probe_choice_does_not_see_the_test_labels(clouds):
+    train, train_labels, test, test_labels = clouds
+    a = linear_probe(*clouds, epochs=20)
+    b = linear_probe(train, train_labels, test, test_labels.flip(0), epochs=20)
+    c = linear_probe(train, train_labels, test[:5], torch.full((5,), 40), epochs=20)
+    for other in (b, c):
+        assert a.lr == other.lr and a.validation == other.validation and torch.equal(a.weight, other.weight)
+    assert b.top1 != a.top1 and c.top1 == 0
+
+
+def test_probe_chooses_on_held_out_images():
+    """Noise features with random labels: a choice by training accuracy would see nearly 100 %."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(100, 200, generator=g), torch.randint(2, (100,), generator=g)
+    assert max(linear_probe(x, y, x, y, epochs=50).validation.values()) < 80
+    assert linear_probe(x, y, x, y, epochs=50, lrs=[0.1]).top1 > 95  # the final fit is on all of train
+
+
+def test_probe_holds_out_a_fifth_of_each_class():
+    from sslnb.evaluate.linear import _stratified
+
+    labels = torch.tensor([0] * 50 + [1] * 10 + [2] * 2 + [3])
+    fit, held = _stratified(labels, 0)
+    assert labels[held].bincount(minlength=4).tolist() == [10, 2, 1, 0]
+    assert sorted(torch.cat([fit, held]).tolist()) == list(range(63))
+
+
+def test_probe_flags_an_edge(clouds):
+    assert linear_probe(*clouds, lrs=[1e-9, 1e-8, 1e-1], epochs=10).at_edge
+    assert not linear_probe(*clouds, lrs=[1e-9, 3e-2, 1e38], epochs=10).at_edge
+
+
+def test_probe_ignores_scale_and_dead_dimensions(clouds):
+    train, train_labels, test, test_labels = clouds
+    plain = linear_probe(*clouds, epochs=10)
+    scaled = linear_probe(1000 * train + 500, train_labels, 1000 * test + 500, test_labels, epochs=10)
+    assert scaled.lr == plain.lr and torch.allclose(scaled.weight, plain.weight, atol=1e-3)
+    dead = linear_probe(torch.cat([train, torch.full((200, 1), 0.1)], 1), train_labels,
+                        torch.cat([test, torch.full((70, 1), 0.1)], 1), test_labels, epochs=10)
+    assert abs(dead.top1 - plain.top1) < 10 and dead.weight.isfinite().all()
+
+
+def test_probe_needs_two_images_of_a_class():
+    with pytest.raises(InputError, match="held out"):
+        linear_probe(torch.randn(3, 2), torch.arange(3), torch.randn(3, 2), torch.arange(3))
+
+
+# ---- intervals ----
+
+@pytest.mark.parametrize("correct,n,low,high", [
+    (8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)])
+def test_wilson_by_hand(correct, n, low, high):
+    assert interval(correct, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_equals_scipy_at_another_level():
+    from scipy.stats import binomtest
+
+    ci = binomtest(37, 90).proportion_ci(0.8, method="wilson")
+    assert interval(37, 90, 0.8) == pytest.approx((ci.low, ci.high), abs=1e-9)
+
+
+def test_interval_refuses():
+    for correct, n in ((3, 2), (-1, 5), (0, 0)):
+        with pytest.raises(InputError):
+            interval(correct, n)
+
+
+def test_mean_interval_by_hand():
+    """Three seeds 1, 2, 3: mean 2, s = 1, t(0.975, 2) = 4.3027, half width 4.3027 / sqrt(3) = 2.4841."""
+    assert mean_interval([1, 2, 3]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-3)
+    with pytest.raises(InputError, match="two values"):
+        mean_interval([1.0])
+
+
+# ---- collapse ----
+
+def test_effective_rank():
+    assert effective_rank(torch.eye(20)) == pytest.approx(20, rel=1e-4)
+    assert effective_rank(torch.outer(torch.randn(30), torch.randn(10))) == pytest.approx(1, abs=1e-3)
+    p = np.array([3, 1]) / 4
+    z = torch.diag(torch.tensor([3.0, 1.0]))
+    assert effective_rank(z) == pytest.approx(math.exp(-(p * np.log(p)).sum()))
+    assert effective_rank(torch.zeros(5, 5)) == 0
+
+
+def test_feature_std():
+    z = torch.randn(5000, 32, generator=torch.Generator().manual_seed(0))
+    assert feature_std(z) == pytest.approx(1, abs=0.02)
+    assert feature_std(7 * z) == pytest.approx(feature_std(z), rel=1e-4)
+    one_direction = torch.ones(50, 8) * torch.arange(1, 51)[:, None]
+    assert feature_std(one_direction) == pytest.approx(0, abs=1e-5)
+    u = z[:40] / z[:40].norm(dim=1, keepdim=True)
+    assert feature_std(z[:40]) == pytest.approx(np.std(u.numpy(), axis=0).mean() * math.sqrt(32), rel=1e-4)
+
+
+def test_alignment_and_uniformity_equal_nested_loops():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(12, 5, generator=g), torch.randn(12, 5, generator=g)
+    u, v = [row / row.norm() for row in a], [row / row.norm() for row in b]
+    distances = [float(((p - q) ** 2).sum()) for p, q in zip(u, v)]
+    assert alignment(a, b) == pytest.approx(np.mean(distances), rel=1e-5)
+    pairs = [math.exp(-2 * float(((u[i] - u[j]) ** 2).sum())) for i in range(12) for j in range(12) if i != j]
+    assert uniformity(a) == pytest.approx(math.log(np.mean(pairs)), rel=1e-5)
+    assert alignment(a, 3 * a) == pytest.approx(0, abs=1e-6)
+    assert uniformity(torch.ones(4, 3)) == pytest.approx(0, abs=1e-5)
+
+
+def test_panel_carries_what_diagnose_reads():
+    z = torch.randn(30, 6)
+    numbers = panel(z, z, z + 0.1)
+    assert set(numbers) == {"feature_std", "effective_rank", "dimensions", "uniformity", "alignment"}
+    assert numbers["dimensions"] == 6 and numbers["uniformity"] == uniformity(z)
+    assert "alignment" not in panel(z)
+
+
+def history(**columns):
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+@pytest.mark.parametrize("expected,columns", [
+    ("Too early", dict(loss=[5, 4], feature_std=[1, 0.01])),
+    ("Collapsed: all images map to (nearly) one point although the loss falls",
+     dict(loss=[5, 2, 0.1], feature_std=[0.9, 0.3, 0.01], knn=[20, 12, 10])),
+    ("Collapsed: all images map to (nearly) one point (", dict(loss=[1, 1, 1], feature_std=[0.9, 0.3, 0.01])),
+    ("Dimensional collapse", dict(loss=[5, 4, 3], feature_std=[0.9] * 3, effective_rank=[50, 9, 3],
+                                  dimensions=[128] * 3, knn=[20, 30, 40])),
+    ("Learning", dict(loss=[5, 4, 3], feature_std=[0.9] * 3, effective_rank=[3, 4, 5], dimensions=[128] * 3,
+                      knn=[20, 30, 40])),
+    ("Getting worse", dict(loss=[5, 4, 3], feature_std=[0.9] * 3, knn=[40, 30, 20])),
+    ("No collapse, but the loss falls without",
+     dict(loss=[5, 4, 3], feature_std=[0.9] * 3, knn=[20, 20, 20])),
+    ("No collapse, but nothing moves", dict(loss=[5, 5, 5], feature_std=[0.9] * 3, knn=[20, 20, 20])),
+    ("No collapse: the features stay spread out", dict(loss=[5, 4, 3], feature_std=[0.9] * 3)),
+    ("Diverged", dict(loss=[5, 4, math.nan], feature_std=[0.9] * 3, knn=[20, 30, 40])),
+])
+def test_diagnose(expected, columns):
+    sentence = diagnose(history(**columns))
+    assert sentence.startswith(expected) and sentence.endswith(".") and "\n" not in sentence
+
+
+def test_diagnose_copes_with_gaps():
+    assert diagnose([]).startswith("Too early")
+    rows = [{"loss": 5.0}, {"loss": 4.0, "knn": 20.0}, {"loss": 3.5, "knn": None}, {"knn": 25}, {"knn": 30}]
+    assert diagnose(rows).startswith("Learning: kNN accuracy rose from 20.0 to 30.0")
+
+
+# ---- evaluate ----
+
+class FakeRun:
+    def __init__(self, path: Path):
+        self.path, self.net = path, Net()
+        self.recipe = types.SimpleNamespace(size=12, pool="model", mean=HALF, std=HALF, backbone="net",
+                                            data="named")
+
+    def backbone(self):
+        return self.net
+
+
+def test_evaluate_a_run_writes_its_rows(tmp_path, pictures, builds):
+    rows = evaluate(FakeRun(tmp_path / "simclr_demo"), (pictures, pictures))
+    assert [(r["source"], r["protocol"]) for r in rows] == [
+        (s, p) for s in ("simclr_demo", "random initialisation", "raw pixels")
+        for p in ("knn k20 t0.07", "linear grid cached")]
+    written = (tmp_path / "simclr_demo" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in written] == rows
+    for r in rows:
+        assert r["n"] == 60 and r["data"] == "pictures" and r["seed"] == 0 and "torch" in r["versions"]
+        low, high = interval(round(r["top1"] * 60 / 100), 60)
+        assert r["interval"] == pytest.approx([100 * low, 100 * high])
+    evaluate(FakeRun(tmp_path / "simclr_demo"), (pictures, pictures), ["knn"], baselines=False)
+    assert len((tmp_path / "simclr_demo" / "results.jsonl").read_text().splitlines()) == 7  # appended
+
+
+def test_evaluate_numbers_come_from_the_named_features(tmp_path, pictures, builds):
+    run = FakeRun(tmp_path)
+    pictures.labels = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0))  # hard on purpose
+    source, random, pixels = evaluate(run, (pictures, pictures), ["knn"])
+    f = extract(run.net, pictures, size=12, mean=HALF, std=HALF)
+    assert source["top1"] == pytest.approx(weighted_knn(f.x, f.labels, f.x, f.labels).top1)
+    f = raw_pixels(pictures, 12)
+    assert pixels["top1"] == pytest.approx(weighted_knn(f.x, f.labels, f.x, f.labels).top1)
+    torch.manual_seed(0)
+    fresh = Net()
+    f = extract(fresh, pictures, size=12, mean=HALF, std=HALF)
+    assert random["top1"] != weighted_knn(f.x, f.labels, f.x, f.labels).top1  # not calibrated
+    twin = calibrated(fresh, pictures, size=12, mean=HALF, std=HALF)
+    f = extract(twin, pictures, size=12, mean=HALF, std=HALF)
+    assert random["top1"] == pytest.approx(weighted_knn(f.x, f.labels, f.x, f.labels).top1)
+
+
+def test_evaluate_a_run_directory_and_its_data(tmp_path, pictures, monkeypatch):
+    import sslnb
+
+    module = types.ModuleType("sslnb.run")
+    module.Run = types.SimpleNamespace(open=lambda path: FakeRun(Path(path)))
+    monkeypatch.setitem(sys.modules, "sslnb.run", module)
+    monkeypatch.setattr(sslnb, "run", module, raising=False)
+    loaded = []
+    monkeypatch.setattr("sslnb.data.load", lambda name, split: loaded.append((name, split)) or pictures)
+    (row,) = evaluate(str(tmp_path), protocols=["knn"], baselines=False)
+    assert row["source"] == tmp_path.name and loaded == [("named", "train"), ("named", "test")]
+    assert (tmp_path / "results.jsonl").exists()
+
+
+def test_evaluate_a_timm_name(tmp_path, pictures, builds):
+    state = torch.get_rng_state()
+    rows = evaluate("tiny", (pictures, pictures), ["knn"], out=tmp_path / "new")
+    assert builds == [("tiny", 12)] * 2 and torch.equal(torch.get_rng_state(), state)
+    assert [r["source"] for r in rows] == ["tiny (untrained)", "random initialisation", "raw pixels"]
+    assert len((tmp_path / "new" / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_evaluate_without_labels_prints_one_note(pictures, capsys, builds):
+    bare = Pictures(pictures.pixels, name="photos")
+    assert evaluate("tiny", (bare, pictures)) == []
+    assert capsys.readouterr().out == "photos has no labels: probes are switched off.\n"
+
+
+def test_evaluate_refuses_before_any_work(tmp_path, pictures, builds):
+    with pytest.raises(InputError, match="did you mean 'linear'"):
+        evaluate("tiny", (pictures, pictures), ["linaer"])
+    with pytest.raises(InputError, match="no run directory"):
+        evaluate(tmp_path / "missing", (pictures, pictures))
+    assert builds == []
+
+
+def test_a_new_protocol_is_one_function(pictures, monkeypatch, builds):
+    def half(subject, train, test, seed):
+        return Outcome("half", 30, 60) if subject.backbone is not None else None
+
+    monkeypatch.setitem(PROTOCOLS, "half", half)
+    rows = evaluate("tiny", (pictures, pictures), ["half"])
+    assert [r["source"] for r in rows] == ["tiny (untrained)", "random initialisation"]
+    assert [r["top1"] for r in rows] == [50, 50]
+
+
+def test_evaluate_real_data_and_a_real_backbone():
+    from sslnb.data import load
+
+    train, test = load("digits", "train").subset(range(200)), load("digits", "test").subset(range(60))
+    rows = {(r["source"], r["protocol"][:3]): r for r in evaluate("resnet_mini", (train, test))}
+    assert len(rows) == 6 and all(r["n"] == 60 and r["data"] == "digits" for r in rows.values())
+    assert rows["raw pixels", "knn"]["top1"] > 80  # 8 x 8 digits are easy for pixels
+    # As built the residual branches are silent and 15 to 20 % is all there is.
+    assert rows["random initialisation", "knn"]["top1"] > 50 > rows["resnet_mini (untrained)", "knn"]["top1"]
+
+
+def test_untrained_switches_residual_branches_on_and_changes_nothing_else():
+    from sslnb import backbones
+
+    torch.manual_seed(3)
+    built, fresh = backbones.build("resnet_mini", size=8).state_dict(), untrained("resnet_mini", 8, seed=3)
+    changed = {k for k, v in fresh.state_dict().items() if not torch.equal(v, built[k])}
+    assert changed == {k for k in built if k.endswith("bn2.weight")} and len(changed) == 4
+    assert all((fresh.state_dict()[k] == 1).all() for k in changed)
+
+
+def test_extract_hands_the_pool_on(pictures):
+    from sslnb import backbones
+
+    vit = backbones.build("vit_mini", size=12).eval()
+    x, _ = to_batch(pictures, range(60), 12, HALF, HALF)
+    for pool in ("model", "mean", "cls"):
+        with torch.no_grad():
+            want = backbones.features(vit, x, pool)
+        f = extract(vit, pictures, size=12, pool=pool, mean=HALF, std=HALF)
+        assert torch.allclose(f.x, want, atol=1e-5)
+    assert not torch.allclose(backbones.features(vit, x, "mean"), want)
+
+
+def test_table():
+    def row(source, protocol, top1):
+        return {"source": source, "protocol": protocol, "top1": top1, "interval": [top1 - 2, top1 + 2]}
+
+    text = table([row("run", "knn", 80.0), row("run", "linear", 88.06), row("raw pixels", "knn", 9.0),
+                  row("run", "knn", 81.0)],
+                 [{"top1": 74.5, "protocol": "knn k20, ImageNet", "source": "dino README"}])
+    assert text.splitlines() == [
+        "features    knn                linear",
+        "run         81.0 [79.0, 83.0]  88.1 [86.1, 90.1]",
+        "raw pixels  9.0 [7.0, 11.0]    –",
+        "published (knn k20, ImageNet, dino README): 74.5",
+    ]
+
+
+def test_import_is_cheap():
+    code = ("import sys, sslnb.evaluate, sslnb.evaluate.collapse; "
+            "print([m for m in ('timm', 'sklearn', 'torchvision', 'scipy') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=Path(__file__).parent.parent)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,158 @@
+"""Every view op against torchvision with the same parameters, and the promise that draws depend on seeds alone."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+
+from sslnb import views as V
+from sslnb.embedded import photos
+from sslnb.errors import InputError
+from sslnb.photometry import Draws, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, gaussian_blur
+
+TOLERANCE = 1 / 255 + 1e-3
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """(11, 3, 96, 96) in [0, 1]: real photographs."""
+    return torch.from_numpy(photos("train")[0][:, ::2, ::2][:, :96, :96]).permute(0, 3, 1, 2).float() / 255
+
+
+def one_by_one(function, x, factors):
+    return torch.stack([function(image, float(f)) for image, f in zip(x, factors, strict=True)])
+
+
+@pytest.mark.parametrize("ours, theirs, low, high", [
+    (adjust_brightness, TF.adjust_brightness, 0, 2), (adjust_contrast, TF.adjust_contrast, 0, 2),
+    (adjust_saturation, TF.adjust_saturation, 0, 2), (adjust_hue, TF.adjust_hue, -0.5, 0.5)])
+def test_colour_ops_agree_with_torchvision(pictures, ours, theirs, low, high):
+    factors = torch.linspace(low, high, len(pictures))
+    assert (ours(pictures, factors) - one_by_one(theirs, pictures, factors)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("taps", [3, 9, 23])
+def test_blur_agrees_with_torchvision(pictures, taps):
+    sigma = torch.linspace(0.1, 2, len(pictures))
+    theirs = one_by_one(lambda x, s: TF.gaussian_blur(x, [taps, taps], [s, s]), pictures, sigma)
+    assert (gaussian_blur(pictures, sigma, taps) - theirs).abs().max() < TOLERANCE
+
+
+def test_solarize_greyscale_and_normalize_agree_with_torchvision(pictures):
+    on = torch.ones(len(pictures), dtype=torch.bool)
+    solarized = V.Solarize(1.0).apply(pictures, on)
+    assert (solarized - TF.solarize(pictures, 128 / 255)).abs().max() < TOLERANCE
+    grey = V.Greyscale(1.0).apply(pictures, on)
+    assert (grey - TF.rgb_to_grayscale(pictures, 3)).abs().max() < TOLERANCE
+    normal = V.Normalize()
+    assert torch.allclose(normal.apply(pictures), TF.normalize(pictures, V.IMAGENET_MEAN, V.IMAGENET_STD), atol=1e-6)
+    assert torch.allclose(normal.undo(normal.apply(pictures)), pictures, atol=1e-6)
+
+
+def test_jitter_applies_its_four_ops_in_each_images_own_order(pictures):
+    jitter = V.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.7)
+    on, factors, order = jitter.sample(Draws(torch.arange(len(pictures))))
+    theirs = pictures.clone()
+    ops = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for i in range(len(pictures)):
+        for which in order[i].tolist() if on[i] else ():
+            theirs[i] = ops[which](theirs[i], float(factors[i, which]))
+    assert len({tuple(o) for o in order.tolist()}) > 3 and 0 < on.sum() < len(on)
+    assert (jitter.apply(pictures, on, factors, order) - theirs).abs().max() < TOLERANCE
+
+
+def test_parameters_are_drawn_per_image_within_their_ranges():
+    on, factors, _ = V.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8).sample(Draws(torch.arange(20_000)))
+    assert abs(on.float().mean() - 0.8) < 0.01
+    for column, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        f = factors[:, column]
+        assert f.min() >= low - 1e-6 and f.max() <= high + 1e-6
+        assert f.min() < low + 0.01 * (high - low) and f.max() > high - 0.01 * (high - low)
+        assert len(f.unique()) > 15_000
+
+
+def test_draws_are_uniform_and_independent():
+    draws = Draws(torch.arange(50_000))
+    a, b = draws(), draws()
+    c = Draws(torch.arange(50_000), stream=1)()
+    for x in (a, b, c):
+        counts = torch.histc(x, 20, 0, 1) / len(x)
+        assert (counts - 0.05).abs().max() < 0.005
+    correlations = torch.corrcoef(torch.stack([a[1:], a[:-1], b[1:], c[1:]]))
+    assert (correlations - torch.eye(4)).abs().max() < 0.02
+
+
+def test_views_of_an_image_depend_on_its_seed_alone(pictures):
+    views = V.Views(V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Greyscale(0.2), V.Blur(0.5), V.Solarize(0.2),
+                           V.Normalize(), count=2))
+    x, seeds = (pictures * 255).byte(), torch.arange(len(pictures)) * 7919
+    whole = views.photometric([x, x], seeds)
+    again = views.photometric([x, x], seeds)
+    order = torch.randperm(len(x))
+    parts = views.photometric([x[order][:4]] * 2, seeds[order][:4])
+    for v in range(2):
+        assert torch.equal(whole[v], again[v])
+        assert torch.allclose(parts[v], whole[v][order][:4], atol=1e-5)
+    assert not torch.allclose(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_random_resized_crop_is_torchvisions_crop_of_the_same_box(interpolation):
+    image = Image.fromarray(photos("train")[0][0])
+    op = V.RandomResizedCrop(64, (0.2, 0.8), interpolation=interpolation)
+    for seed in range(20):
+        left, top, right, bottom = op.box(*image.size, random.Random(seed))
+        theirs = TF.resized_crop(image, top, left, bottom - top, right - left, [64, 64],
+                                 InterpolationMode(interpolation))
+        ours = op(image, random.Random(seed))
+        assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+
+
+def test_random_resized_crop_draws_the_asked_areas_and_aspects():
+    op, rng = V.RandomResizedCrop(32, (0.2, 0.6)), random.Random(0)
+    boxes = [op.box(500, 400, rng) for _ in range(2000)]
+    areas = np.array([(r - l) * (b - t) / 200_000 for l, t, r, b in boxes])
+    aspects = np.array([(r - l) / (b - t) for l, t, r, b in boxes])
+    assert 0.19 < areas.min() < 0.22 and 0.58 < areas.max() < 0.61 and abs(areas.mean() - 0.4) < 0.01
+    assert 0.74 < aspects.min() < 0.77 and 1.3 < aspects.max() < 1.35 and abs(np.log(aspects).mean()) < 0.02
+    assert all(0 <= l < r <= 500 and 0 <= t < b <= 400 for l, t, r, b in boxes)
+
+
+def test_a_crop_that_never_fits_falls_back_to_the_central_box():
+    left, top, right, bottom = V.RandomResizedCrop(8, (1.0, 1.0)).box(1000, 10, random.Random(0))
+    assert (top, bottom) == (0, 10) and (left, right) == (493, 506)
+
+
+def test_flip_resize_and_center_crop():
+    image = Image.fromarray(photos("train")[0][1]).resize((60, 40))
+    assert V.HorizontalFlip(1.0)(image, random.Random(0)) == TF.hflip(image)
+    assert V.HorizontalFlip(0.0)(image, random.Random(0)) is image
+    assert V.Resize(20)(image).size == (30, 20)
+    assert V.CenterCrop(30)(image) == TF.center_crop(image, 30)
+
+
+def test_multi_crop_makes_views_of_several_sizes():
+    views = V.Views(V.View(V.RandomResizedCrop(48, (0.14, 1)), V.Normalize(), count=2),
+                    V.View(V.RandomResizedCrop(24, (0.05, 0.14)), V.Normalize(), count=6))
+    made = views([Image.fromarray(x) for x in photos("train")[0][:3]])
+    assert [tuple(v.shape) for v in made] == [(3, 3, 48, 48)] * 2 + [(3, 3, 24, 24)] * 6
+
+
+def test_geometry_after_photometry_is_refused():
+    with pytest.raises(InputError, match="HorizontalFlip works on single images and must come before Blur"):
+        V.View(V.Blur(), V.HorizontalFlip())
+    with pytest.raises(InputError, match="interpolation 'cubic'"):
+        V.Resize(10, "cubic")(Image.new("RGB", (20, 20)))
+
+
+@pytest.mark.gpu
+def test_the_device_does_not_change_the_views(pictures):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    views = V.Views(V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Blur(0.5), V.Normalize()))
+    x, seeds = (pictures * 255).byte(), torch.arange(len(pictures))
+    assert torch.allclose(views.photometric([x], seeds)[0], views.photometric([x.cuda()], seeds)[0].cpu(), atol=1e-4)
