@@ -11,7 +11,8 @@ from .errors import InputError, unknown
 
 # Small backbones for a CPU and small images, as timm base name and arguments.
 MINI = {
-    "resnet_mini": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (32, 64, 128, 256)}),
+    "resnet_mini": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "stem_type": "deep",
+                                 "stem_width": 8, "zero_init_last": False}),
     "vit_mini": ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 4}),
 }
 SMALL_IMAGE = 64  # up to this size a ResNet gets the 3x3 stem without pooling; 7x7/2 + pool would leave 2x2 maps
@@ -27,7 +28,8 @@ def build(name: str, size: int, **arguments) -> nn.Module:
 
     base, mini = MINI.get(name, (name, {}))
     if not timm.is_model(base):
-        unknown("backbone", name, [*MINI, *timm.list_models("resnet*"), *timm.list_models("vit_*")][:40] + [name[:0]])
+        near = [m for m in timm.list_models() if m.split("_")[0][:3] == name[:3]]
+        unknown("backbone", name, [*MINI, "resnet50", "vit_base_patch16_224", *near][:20])
     arguments = {**mini, **arguments, "num_classes": 0}
     if base.startswith(("vit", "deit", "beit", "swin")):
         patch = arguments.get("patch_size") or _patch_in(base)
@@ -39,6 +41,13 @@ def build(name: str, size: int, **arguments) -> nn.Module:
     if size <= SMALL_IMAGE and isinstance(model, timm.models.ResNet):
         _small_image_stem(model)
     return model
+
+
+def need_vit(backbone: nn.Module, method: str) -> None:
+    """One sentence for a method that works on patches and got a backbone without them."""
+    if not hasattr(backbone, "patch_embed") or not hasattr(backbone, "cls_token"):
+        raise InputError(f"{method} needs a vision transformer, whose patches it can drop, and {type(backbone).__name__} "
+                         "is none; use vit_mini or vit_base_patch16_224, for example.")
 
 
 def _patch_in(name: str) -> int | None:

@@ -126,7 +126,7 @@ class Recipe:
         if accum != int(accum) or accum < 1:
             raise InputError(f"A total batch of {total} cannot be split over {gpus} processes x {batch} images; "
                              "choose numbers that divide it.")
-        if accum > self.accum and not accumulable:
+        if accum > 1 and not accumulable:
             raise InputError(f"{self.method} must not accumulate: its loss compares the images of one batch, so "
                              f"{int(accum)} batches of {batch} are another method than one of {total}. "
                              f"Use batch={total // gpus} or more processes, or force_accum=True if you mean it.")

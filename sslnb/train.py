@@ -15,10 +15,10 @@ from torch import Tensor
 
 from . import data as datasets
 from . import optim, parts
+from .checks import prepare
 from .errors import InputError
 from .launch import Stop, launch
 from .monitor import Meter, Monitor
-from .prepare import prepare
 from .reading import EpochSampler, ViewSet
 from .recipes import Recipe
 from .run import Run, write_atomic
@@ -104,7 +104,8 @@ class Trainer:
         workers = _workers(settings["workers"], self.images, world)
         self.loader = torch.utils.data.DataLoader(
             ViewSet(self.images, self.views.crop), batch_sampler=self.sampler, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=self.cuda)
+            persistent_workers=workers > 0, pin_memory=self.cuda,
+            generator=torch.Generator())  # else each epoch's iterator draws from the state that masks are drawn from
         self.per_epoch = recipe.steps_per_epoch(len(self.images))
         self.total, self.step = self.per_epoch * recipe.epochs, 0
         # On a GPU looking at a value waits for the device, so losses are looked at once per interval.
@@ -135,13 +136,13 @@ class Trainer:
             batches = iter(self.loader)
             for _ in range(self.step % self.per_epoch, self.per_epoch):
                 terms = self._step(batches, meter)
-                last = self.step == self.total
-                if self.step % self.check_every == 0 or last:
-                    if self._any(stop.asked):
-                        self._leave(start, stop)
-                if self.step % self.log_every == 0 or last:
+                if self.step % self.log_every == 0 or self.step == self.total:
                     meter.log(terms, start)
-            self._end_of_epoch(epoch, start)
+                if self.step % self.per_epoch == 0:
+                    self._end_of_epoch(epoch, start)
+                # Last, so that a run that stops here has nothing left to do for this step when it comes back.
+                if self.step % self.check_every == 0 and self._any(stop.asked):
+                    self._leave(start, stop)
         self._finish(start)
 
     def _step(self, batches, meter: Meter) -> dict[str, Tensor]:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from sslnb.errors import unknown
-from sslnb.evaluate.knn import weighted_knn
-from sslnb.evaluate.linear import linear_probe
-from sslnb.evaluate.results import append, interval, mean_interval, table
-from sslnb.evaluate.sources import Subject, open_source, subjects
+from ..errors import unknown
+from .knn import weighted_knn
+from .linear import linear_probe
+from .results import append, interval, mean_interval, table
+from .sources import Subject, open_source, subjects
 
 __all__ = ["PROTOCOLS", "Outcome", "Subject", "evaluate", "interval", "mean_interval", "table"]
 
@@ -93,7 +93,7 @@ def _load(data) -> tuple:
     """(train, test), loaded by name unless they are given."""
     if not isinstance(data, str | Path):
         return data
-    from sslnb.data import load
+    from ..data import load
 
     return load(data, "train"), load(data, "test")
 

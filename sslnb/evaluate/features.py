@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslnb.evaluate.pixels import normalise, read, to_batch
+from ..views import IMAGENET_MEAN, IMAGENET_STD
+from .pixels import normalise, read, to_batch
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RAW_PIXELS_SIZE = 32  # 3,072 numbers per image: about as many as the features it is compared with
 
 
@@ -35,7 +35,7 @@ def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
     `device` and stays there; its training flags come back as they were and its BatchNorm statistics are not
     touched.
     """
-    from sslnb.backbones import features
+    from ..backbones import features
 
     backbone.to(device)
     rows, index, broken = [], [], []

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslnb.errors import InputError
+from ..errors import InputError
 
 BANK_CHUNKS = 16  # bank rows per step, as a multiple of the test rows: 1024 x 16384 similarities are 64 MB
 

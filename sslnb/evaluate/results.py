@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from sslnb.errors import InputError
+from ..errors import InputError
 
 
 def interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..backbones import encode_visible, sincos_position
+from ..backbones import encode_visible, need_vit, sincos_position
 from ..masking import check_mask_ratio, patchify, random_mask, random_noise, unpatchify
 from ..parts import full_precision
 from ..recipes import Recipe
@@ -26,6 +26,7 @@ class MAE(Method):
                  decoder_heads: int = 16, norm_pix: bool = True, crop: tuple[float, float] = (0.2, 1.0),
                  flip: float = 0.5):
         super().__init__()
+        need_vit(backbone, "mae")
         self.backbone, self.mask_ratio, self.norm_pix = backbone, check_mask_ratio(mask_ratio), norm_pix
         self.patch, (side, _) = backbone.patch_embed.patch_size[0], backbone.patch_embed.grid_size
         self.crop, self.flip = crop, flip

@@ -31,9 +31,8 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     images = datasets.load(recipe.data)
     steps = recipe.steps_per_epoch(len(images))
     with torch.device("meta"):  # shapes and numbers are checked without memory or time
-        method = recipe.build()
-    if recipe.accum > 1 and not (method.accumulable or recipe.force_accum):
-        recipe.on(recipe.gpus, recipe.batch)  # says why, and what to do
+        recipe.build()
+    recipe.on(recipe.gpus, recipe.batch)  # refuses accumulation where it would change the method
     settings = {"recipe": recipe.to_json(), "seed": seed, "workers": workers, "compile": compile,
                 "trackers": list(trackers)}
     run = Run(out if out != "auto" else _default_out(settings))

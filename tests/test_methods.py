@@ -1,0 +1,139 @@
+"""The contract, for every method: what train.py and a reader may rely on."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+
+from sslnb import data, methods
+from sslnb.methods.base import Method
+from sslnb.recipes import method_numbers
+
+METHODS = list(methods.METHODS)
+
+
+@pytest.fixture(params=METHODS)
+def recipe(request):
+    return methods.recipes(request.param)["demo"]
+
+
+def some_views(method, recipe, n=8):
+    images = data.load(recipe.data)
+    return method.views(recipe.size)([images[i] for i in range(n)])
+
+
+def test_recipes_start_with_the_demo_and_name_their_method(recipe):
+    rows = methods.recipes(recipe.method)
+    assert next(iter(rows)) == "demo" and all(r.method == recipe.method for r in rows.values())
+    assert all(r.data == "imagenet" and r.backbone != "resnet_mini" for name, r in rows.items() if name != "demo")
+
+
+def test_views_of_pictures_are_normalised_batches(recipe):
+    method = recipe.build()
+    views = method.views(64)([Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 50).convert("RGB")] * 3)
+    assert len(views) == len(method.views(64)) and all(v.shape[:2] == (3, 3) and v.isfinite().all() for v in views)
+
+
+def test_forward_gives_a_finite_scalar_and_gradients_reach_the_backbone(recipe):
+    method = recipe.build()
+    out = method(some_views(method, recipe), torch.arange(8))
+    assert out["loss"].shape == () and out["loss"].isfinite()
+    out["loss"].backward()
+    wanted = [p for p in method.backbone.parameters() if p.requires_grad]
+    reached = [p for p in wanted if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(reached) > 0.8 * len(wanted)
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad), "DDP would wait for it for ever"
+
+
+def test_hooks_run_and_the_state_makes_the_round_trip(recipe):
+    method = recipe.build()
+    method.before_epoch(None, 0), method.before_step(0.5), method.after_step(0.5)
+    twin = recipe.build()
+    twin.load_state_dict(copy.deepcopy(method.state_dict()))
+    views = some_views(method, recipe)
+    torch.manual_seed(1)
+    a = method(views)["loss"]
+    torch.manual_seed(1)
+    assert torch.equal(a, twin(views)["loss"])
+
+
+def test_the_same_seed_gives_the_same_loss(recipe):
+    def loss(seed):
+        torch.manual_seed(seed)
+        method = recipe.build()
+        return method(some_views(method, recipe))["loss"]
+    assert torch.equal(loss(3), loss(3)) and not torch.equal(loss(3), loss(4))
+
+
+def test_the_loss_falls_on_eight_images(recipe):
+    method = recipe.build()
+    views = some_views(method, recipe)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 2e-3)
+    losses = []
+    for step in range(30):
+        torch.manual_seed(0)  # the same masks
+        loss = method(views)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step((step + 1) / 30)
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_backbone_is_plain_timm(recipe):
+    from sslnb import backbones
+
+    method = recipe.build()
+    plain = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers)
+    plain.load_state_dict(method.backbone.state_dict())
+    x = torch.randn(2, 3, recipe.size, recipe.size)
+    assert torch.equal(plain.eval()(x), method.backbone.eval()(x)) and plain.num_classes == 0
+
+
+def test_bf16_autocast_is_finite_for_ten_steps(recipe):
+    method = recipe.build()
+    views = some_views(method, recipe)
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-3)
+    for _ in range(10):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = method(views)["loss"]
+        assert loss.dtype == torch.float32 and loss.isfinite()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_every_number_is_kept_under_its_own_name_or_built_in(recipe):
+    """The view explorer sets a method's view numbers as attributes, so they must be there."""
+    method, numbers = recipe.build(), method_numbers(recipe.method)
+    assert issubclass(type(method), Method)
+    for name in {"crop", "flip", "jitter", "hue", "grey", "blur", "solarize", "temperature", "momentum", "mask_ratio"}:
+        if name in numbers:
+            assert getattr(method, name) == recipe.numbers.get(name, numbers[name])
+
+
+def test_byol_updates_its_target_by_the_schedule_and_never_by_gradient():
+    method = methods.recipes("byol")["demo"].with_(momentum=0.9).build()
+    assert all(not p.requires_grad for p in method.target.parameters())
+    with torch.no_grad():
+        for p in method.backbone.parameters():
+            p.add_(1.0)
+    before = [p.clone() for p in method.target[0].parameters()]
+    method.after_step(0.5)  # m = 1 - 0.1 * (1 + cos(pi/2)) / 2 = 0.95
+    for old, new in zip(before, method.target[0].parameters(), strict=True):
+        assert torch.allclose(new, old + 0.05, atol=1e-5)
+    method.after_step(1.0)  # m = 1: the target stands still
+    after = [p.clone() for p in method.target[0].parameters()]
+    method.after_step(1.0)
+    assert all(torch.equal(a, b) for a, b in zip(after, method.target[0].parameters(), strict=True))
+
+
+def test_byols_target_keeps_its_own_statistics_and_uses_the_batch():
+    method = methods.recipes("byol")["demo"].build()
+    views = [torch.randn(16, 3, 20, 20) * 3 + 1 for _ in range(2)]
+    method(views)
+    online, target = dict(method.backbone.named_buffers()), dict(method.target[0].named_buffers())
+    name = next(n for n in online if n.endswith("running_mean"))
+    assert target[name].abs().sum() > 0 and target[name].data_ptr() != online[name].data_ptr()

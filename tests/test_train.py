@@ -1,0 +1,329 @@
+"""The loop and the run directory: exact resume, honest steps, and nothing lost when something breaks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sslnb import Run, methods, prepare, pretrain
+from sslnb.errors import InputError
+from sslnb.launch import Stop
+from sslnb.train import NonFinite, Trainer
+
+METHODS = list(methods.METHODS)
+
+
+def weights(run):
+    return run.latest()["method"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class StopAt(Stop):
+    """Asks to stop at one step, as SIGTERM at that moment would."""
+
+    def __init__(self, trainer, step):
+        super().__init__()
+        self.trainer, self.step = trainer, step
+
+    @property
+    def asked(self):
+        self.reason = "SIGTERM" if self.trainer.step == self.step else ""
+        return bool(self.reason)
+
+
+def train_until(run, step):
+    trainer = Trainer(run)
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit(StopAt(trainer, step))
+    finally:
+        trainer.close()
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path, method, workers):
+    recipe = tiny(method)
+    whole = pretrain(recipe, out=tmp_path / "whole", workers=workers)
+    total = whole.status()["total"]
+    broken = prepare(recipe, out=tmp_path / "broken", workers=workers)
+    for step in (1, total // 2, total // 2 + 1, total - 1):  # the first, at the end of an epoch, inside one, the last but one
+        train_until(broken, step)
+        assert broken.status()["state"] == "interrupted" and broken.status()["step"] == step
+        torch.manual_seed(12345)  # another process would not have our random state
+    broken = pretrain(recipe, out=tmp_path / "broken", workers=workers)
+    assert broken.status()["state"] == "done" and equal(weights(whole), weights(broken))
+    a, b = whole.latest()["optimizer"]["state"], broken.latest()["optimizer"]["state"]
+    assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+    steps = [(row["step"], row["loss"]) for row in whole.history()]
+    assert steps == [(row["step"], row["loss"]) for row in broken.history()]
+    knn = [(row["step"], row.get("knn"), row["effective_rank"]) for row in whole.history("monitor")]
+    assert knn == [(row["step"], row.get("knn"), row["effective_rank"]) for row in broken.history("monitor")]
+
+
+def test_a_finished_run_is_not_repeated(tiny, tmp_path, capsys):
+    first = pretrain(tiny(epochs=1), out=tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in first.path.rglob("*.pt")}
+    again = pretrain(tiny(epochs=1), out=tmp_path / "run")
+    assert "finished already" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in again.path.rglob("*.pt")} and len(again.provenance()) == 1
+
+
+def test_another_recipe_in_the_same_place_is_refused_or_moved_aside(tiny, tmp_path):
+    pretrain(tiny(epochs=1), out=tmp_path / "run")
+    with pytest.raises(InputError, match="holds another run .*lr: .* there, 0.5 now"):
+        pretrain(tiny(epochs=1, lr=0.5), out=tmp_path / "run")
+    with pytest.raises(InputError, match="seed: 0 there, 1 now"):
+        pretrain(tiny(epochs=1), out=tmp_path / "run", seed=1)
+    pretrain(tiny(epochs=1, lr=1e-3), out=tmp_path / "run", resume=False)
+    assert len(list(tmp_path.iterdir())) == 2, "what was there is kept"
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tiny, tmp_path, capsys):
+    run = prepare(tiny(), out=tmp_path / "run")
+    train_until(run, 3)
+    train_until(run, 5)
+    newest = run.checkpoints()[-1]
+    whole = newest.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-9] + b"x" + whole[-8:], b""):
+        newest.write_bytes(damaged)
+        assert run.latest()["step"] == 3
+    assert "step_00000005" in capsys.readouterr().out
+    assert pretrain(tiny(), out=tmp_path / "run").status()["state"] == "done"
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(tiny, tmp_path, monkeypatch):
+    run = prepare(tiny(), out=tmp_path / "run")
+    train_until(run, 3)
+    save = torch.save
+
+    def full(state, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    trainer = Trainer(run)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RuntimeError, match="checkpoint of step .*No space left.*earlier ones are untouched"):
+        trainer.fit(StopAt(trainer, 5))
+    trainer.close()
+    monkeypatch.setattr(torch, "save", save)
+    assert [p.name[:13] for p in (run.path / "checkpoints").iterdir()] == ["step_00000003"]
+    assert pretrain(tiny(), out=tmp_path / "run").status()["state"] == "done"
+
+
+def test_only_the_newest_checkpoints_and_the_best_are_kept(tiny, tmp_path):
+    run = prepare(tiny(), out=tmp_path / "run")
+    run.save_checkpoint({"step": 1})
+    run.write_status(best={"checkpoint": run.checkpoints()[0].name, "knn": 99.0})
+    for step in range(2, 9):
+        run.save_checkpoint({"step": step})
+    assert [int(p.name[5:13]) for p in run.checkpoints()] == [1, 6, 7, 8]
+
+
+# ---------------------------------------------------------------- steps
+
+
+class Counting(methods.get("byol")):
+    accumulable = True
+
+    def after_step(self, progress):
+        self.seen = [*getattr(self, "seen", []), progress]
+
+
+def test_hooks_count_optimizer_steps_not_micro_batches(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sslnb.methods.byol.BYOL", Counting)
+    run = prepare(tiny("byol", batch=80, accum=4), out=tmp_path / "run")
+    trainer = Trainer(run)
+    trainer.fit(Stop())
+    trainer.close()
+    assert trainer.method.seen == pytest.approx([(i + 1) / 8 for i in range(8)])
+
+
+def test_accumulated_gradients_equal_the_big_batch(tmp_path):
+    """MAE has no batch norm, so 4 x 80 images must be 1 x 320; the masks are drawn from the same numbers."""
+    def one_step(batch, accum, name):
+        recipe = methods.recipes("mae")["demo"].with_(epochs=1, batch=batch, accum=accum, warmup_epochs=0,
+                                                      optimizer="sgd", lr=0.1, sgd_momentum=0.0)
+        trainer = Trainer(prepare(recipe, out=tmp_path / name))
+        torch.manual_seed(0)
+        with pytest.raises(SystemExit):
+            trainer.fit(StopAt(trainer, 1))
+        trainer.close()
+        return trainer.method.state_dict()
+
+    big, small = one_step(320, 1, "big"), one_step(80, 4, "small")
+    start = methods.recipes("mae")["demo"]
+    torch.manual_seed(0)
+    start = start.build().state_dict()
+    moved = max((big[k] - start[k]).abs().max() for k in big)
+    assert moved > 1e-3 and all(torch.allclose(big[k], small[k], atol=1e-5 + 1e-3 * moved) for k in big)
+
+
+def test_a_run_leaves_what_evaluation_needs(tiny, tmp_path):
+    run = pretrain(tiny(), out=tmp_path / "run")
+    assert Run.open(tmp_path / "run").status()["state"] == "done"
+    trained, plain = run.method().backbone.state_dict(), run.backbone().state_dict()
+    assert equal(dict(trained), dict(plain))
+    assert [row["step"] for row in run.history()][-1] == run.status()["total"]
+    assert {"loss", "lr", "images_per_s", "data_wait", "seconds"} <= run.history()[-1].keys()
+    assert {"feature_std", "effective_rank", "alignment", "uniformity", "knn"} <= run.history("monitor")[-1].keys()
+    start = run.provenance()[0]
+    assert start["versions"]["torch"] and start["git"] and start["hardware"]
+    assert "done" in run.summary() and "versions" in run.summary()
+
+
+def test_the_monitor_changes_nothing(tiny, tmp_path, monkeypatch):
+    watched = pretrain(tiny("mae", epochs=1), out=tmp_path / "watched")
+    monkeypatch.setattr("sslnb.monitor.Monitor.look", lambda *args: {})
+    unwatched = pretrain(tiny("mae", epochs=1), out=tmp_path / "unwatched")
+    assert equal(weights(watched), weights(unwatched))
+
+
+def test_snapshots_show_the_same_images_and_masks(tiny, tmp_path):
+    run = pretrain(tiny("mae"), out=tmp_path / "run")
+    (first, a), *_, (last, b) = run.snapshots()
+    assert first == 0 and last == run.status()["total"]
+    assert torch.equal(a["images"], b["images"]) and torch.equal(a["mask"], b["mask"])
+    assert not torch.equal(a["reconstruction"], b["reconstruction"])
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_bf16_trains(tiny, tmp_path, precision):
+    run = pretrain(tiny(epochs=1), out=tmp_path / "run", precision=precision)
+    assert run.recipe.precision == "bf16" and run.status()["state"] == "done"
+
+
+def test_a_tracker_by_name(tiny, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = pretrain(tiny(epochs=1), out=tmp_path / "run", trackers=("tensorboard",))
+    assert list(run.path.rglob("events.out.tfevents*"))
+
+
+# ---------------------------------------------------------------- when something breaks
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_term_and_batch(tiny, tmp_path, monkeypatch):
+    forward = methods.get("simclr").forward
+
+    def poisoned(self, views, index=None):
+        out = forward(self, views, index)
+        self.calls = getattr(self, "calls", 0) + 1
+        return {**out, "loss": out["loss"] * float("nan")} if self.calls == 3 else out
+
+    monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", poisoned)
+    with pytest.raises(NonFinite, match="loss is not finite at step 2; the batch is in nonfinite_step_00000002"):
+        pretrain(tiny(), out=tmp_path / "run")
+    saved = torch.load(next((tmp_path / "run").glob("nonfinite*")), weights_only=True)
+    assert saved["step"] == 2 and len(saved["views"]) == 2 and len(saved["index"]) == 320
+    status = Run.open(tmp_path / "run").status()
+    assert status["state"] == "failed" and "not finite at step 2" in status["reason"]
+
+
+def test_broken_images_are_skipped_counted_and_named(tmp_path, capsys):
+    from sslnb import data
+
+    images = data.load("digits_scattered")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(40):
+        images[i].save(folder / f"{i:02d}.png")
+    (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:60])
+    run = pretrain(methods.recipes("simclr")["demo"].with_(epochs=1, batch=8), data=folder, out=tmp_path / "run",
+                   workers=0)
+    assert run.status()["broken"] == 1 and (run.path / "broken.txt").read_text() == f"{folder / '07.png'}\n"
+    assert "1 broken image(s) were skipped" in capsys.readouterr().out
+    assert "knn" not in run.history("monitor")[-1], "no labels, no kNN"
+
+
+def test_two_trainers_on_one_directory_are_refused(tiny, tmp_path):
+    run = prepare(tiny(), out=tmp_path / "run")
+    with run.lock():
+        code = f"from sslnb import pretrain, methods; pretrain(methods.recipes('simclr')['demo'].with_(epochs=2, " \
+               f"batch=320), out={str(run.path)!r})"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert other.returncode != 0 and f"is being trained by another process (pid {os.getpid()}" in other.stderr
+
+
+def test_a_torn_log_line_is_left_out_and_the_next_row_stands_alone(tiny, tmp_path):
+    run = prepare(tiny(), out=tmp_path / "run")
+    run.append("step", step=1, loss=2.0)
+    with (run.path / "log.jsonl").open("a") as log:
+        log.write('{"kind": "step", "step": 2, "lo')
+    run.append("step", step=3, loss=1.0)
+    assert [row["step"] for row in run.history()] == [1, 3]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+def test_a_signal_saves_and_marks_the_run_interrupted(tmp_path, number, code):
+    out = tmp_path / "run"
+    script = ("from sslnb import pretrain, methods\n"
+              f"pretrain(methods.recipes('simclr')['demo'].with_(epochs=200, batch=320), out={str(out)!r})")
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 60
+    while time.time() < deadline and len(Run(out).history() if out.exists() else []) < 2:
+        time.sleep(0.1)
+    child.send_signal(number)
+    printed = child.communicate(timeout=60)[0]
+    status = Run.open(out).status()
+    assert status["state"] == "interrupted" and status["reason"] == number.name and "the same command" in printed
+    assert child.returncode in (code, -number, 130)
+    assert Run.open(out).latest()["step"] == status["step"] > 0
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("changes, call, words", [
+    ({}, {"processes": 0}, "processes 0 is impossible"),
+    ({}, {"data": "digits_scatered"}, "did you mean 'digits_scattered'"),
+    ({}, {"data": "/nowhere/at/all"}, "a path to a folder or list file that exists"),
+    ({"batch": 5000}, {}, "batch is larger than the data"),
+    ({}, {"precision": "fp16"}, "needs a GPU"),
+    ({}, {"precision": "half"}, "Unknown precision 'half'"),
+    ({}, {"trackers": ("tensorbord",)}, "did you mean 'tensorboard'"),
+    ({"accum": 4, "batch": 64}, {}, "must not accumulate"),
+    ({"crop": (0.3, 1.0), "backbone": "resnet19"}, {}, "Unknown backbone"),
+])
+def test_bad_calls_fail_before_any_work(tiny, tmp_path, changes, call, words):
+    if torch.cuda.is_available() and call.get("precision") == "fp16":
+        pytest.skip("a GPU is here")
+    with pytest.raises(InputError, match=words):
+        pretrain(tiny(**changes), out=tmp_path / "run", **call)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_out_is_named(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/run' cannot be written"):
+        pretrain(tiny(), out=tmp_path / "file" / "run")
+
+
+def test_a_run_directory_that_is_none(tmp_path):
+    with pytest.raises(InputError, match="is not a run directory"):
+        Run.open(tmp_path)
+
+
+def test_importing_is_quick_and_touches_no_gpu():
+    code = ("import time, torch; start = time.perf_counter(); import sslnb, sslnb.train; "
+            "print(time.perf_counter() - start, torch.cuda.is_initialized(), "
+            "[m for m in ('timm', 'sklearn', 'accelerate', 'matplotlib') if m in __import__('sys').modules])")
+    seconds, initialised, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                                 check=True).stdout.split(" ", 2)
+    assert float(seconds) < 2 and initialised == "False" and heavy.strip() == "[]"
+
+
+def test_settings_are_plain_json(tiny, tmp_path):
+    run = prepare(tiny(), out=tmp_path / "run")
+    assert json.loads((run.path / "recipe.json").read_text())["recipe"]["method"] == "simclr"
+    assert run.recipe == tiny()
