@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import torch
+import torch.distributed as dist
 
 from .run import Run
 
@@ -59,6 +61,22 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def join() -> None:
+    """Meet the other processes that torchrun started, before Accelerate does.
+
+    After a restart torchrun's store still holds the addresses of the dead, and who reads them first fails again and
+    again. Each attempt therefore gets keys of its own.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or int(os.environ["WORLD_SIZE"]) == 1:
+        return
+    store, rank, world = next(dist.rendezvous("env://"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
+
+
 def launch(run: Run, processes: int) -> None:
     """Train in `processes` fresh processes through torchrun and follow them. Raises RuntimeError if the run fails.
 
@@ -72,6 +90,7 @@ def launch(run: Run, processes: int) -> None:
         # Without this each process believes that it is alone; more threads than cores would spin against each other.
         env |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     run.write_status(state="running", reason="")
+    began = time.time()
     with (run.path / "launch.log").open("a") as log:
         child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
         try:
@@ -83,9 +102,12 @@ def launch(run: Run, processes: int) -> None:
             child.wait()
             raise
     status = run.status()
-    if code != 0 or status.get("state") != "done":
-        if status.get("state") == "running":
-            run.write_status(state="failed", reason=f"the processes ended with code {code}")
-        raise RuntimeError(f"{run.path} ended at step {run.status().get('step')} of {status.get('total')}: "
-                           f"{run.status().get('reason')}. Details are in {run.path / 'launch.log'}; "
-                           "the same command continues from the last checkpoint.")
+    if code == 0 and status.get("state") == "done":
+        return
+    # When one process fails the others fail too, with a lost connection: the first error is the cause.
+    errors = sorted((row for row in run.history("error") if row["time"] > began), key=lambda row: row["time"])
+    reason = errors[0]["text"] if errors else status.get("reason") or f"the processes ended with code {code}"
+    state = "interrupted" if status.get("state") == "interrupted" else "failed"
+    run.write_status(state=state, reason=reason)
+    raise RuntimeError(f"{run.path} ended at step {status.get('step', 0)} of {status.get('total')}: {reason}. Details are "
+                       f"in {run.path / 'launch.log'}; the same command continues from the last checkpoint.")

@@ -46,8 +46,7 @@ class Monitor:
         from .evaluate.knn import weighted_knn
 
         r, device = self.recipe, next(method.parameters()).device
-        # Before the first step batch-norm statistics mean nothing yet; they are estimated on the data.
-        backbone = method.backbone if step else calibrated(method.backbone, self.bank, size=r.size)
+        backbone = method.backbone if step else calibrated(self._plain(method.backbone), self.bank, size=r.size)
         bank = extract(backbone, self.bank, size=r.size, pool=r.pool, device=device)
         training, random_state = method.training, torch.get_rng_state()
         method.eval(), backbone.eval()
@@ -62,6 +61,16 @@ class Monitor:
         self.run.append("monitor", **row)
         self.last = row
         return row
+
+    def _plain(self, backbone):
+        """A copy for the look before the first step, when batch-norm statistics mean nothing yet and are estimated on
+        the data. It has plain norms: those over all processes would wait for processes that are not looking."""
+        from .backbones import build
+
+        with torch.random.fork_rng(devices=[]):
+            plain = build(self.recipe.backbone, self.recipe.size, **self.recipe.backbone_numbers)
+        plain.load_state_dict(backbone.state_dict())
+        return plain.to(next(backbone.parameters()).device)
 
     def best(self, checkpoint) -> dict[str, Any]:
         """For the status file: this checkpoint, if its kNN is the best so far."""

@@ -119,6 +119,8 @@ def sync_batchnorm(module: nn.Module, cuda: bool) -> nn.Module:
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             new = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
             new.load_state_dict(child.state_dict())
+            for theirs, mine in zip(child.parameters(), new.parameters(), strict=True):
+                mine.requires_grad_(theirs.requires_grad)  # a frozen target stays frozen
             new.train(child.training)
             setattr(module, name, new)
         else:

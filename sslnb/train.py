@@ -17,7 +17,7 @@ from . import data as datasets
 from . import optim, parts
 from .checks import prepare
 from .errors import InputError
-from .launch import Stop, launch
+from .launch import Stop, join, launch
 from .monitor import Meter, Monitor
 from .reading import EpochSampler, ViewSet
 from .recipes import Recipe
@@ -60,11 +60,16 @@ def train(run: Run) -> None:
         stop = stack.enter_context(Stop())
         try:
             trainer.fit(stop)
-        except BaseException as error:
+        except (KeyboardInterrupt, SystemExit) as error:
             if trainer.main and run.status().get("state") == "running":
-                interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-                run.write_status(state="interrupted" if interrupted else "failed",
-                                 reason=f"{type(error).__name__}: {error}")
+                run.write_status(state="interrupted", reason=f"{type(error).__name__}: {error}")
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            run.append("error", step=trainer.step, process=trainer.accelerator.process_index, time=time.time(),
+                       text=reason)
+            if trainer.main:
+                run.write_status(state="failed", reason=reason, final=isinstance(error, NonFinite | InputError))
             raise
         finally:
             trainer.close()
@@ -123,7 +128,7 @@ class Trainer:
         start = time.time() - run.status().get("seconds", 0.0)
         if self.main:
             run.add_provenance(step=self.step, processes=self.accelerator.num_processes)
-            run.write_status(state="running", pid=os.getpid(), step=self.step, reason="")
+            run.write_status(state="running", pid=os.getpid(), step=self.step, reason="", final=False)
         if self.accelerator.trackers or run.settings["trackers"]:
             self.accelerator.init_trackers("sslnb", config={k: str(v) for k, v in run.settings["recipe"].items()})
         method.before_train(run)
@@ -318,8 +323,9 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
 def main() -> None:
     """What torchrun starts in every process."""
     run = Run.open(sys.argv[1])
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and run.status().get("state") == "failed":
-        sys.exit(1)  # an error that would only repeat itself
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and run.status().get("final"):
+        sys.exit(1)  # torchrun starts processes again after any error; this one would only repeat itself
+    join()
     try:
         train(run)
     except InputError as error:

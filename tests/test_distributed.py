@@ -1,0 +1,226 @@
+"""Several processes on CPU (gloo): the gradient, the run and its recovery must be those of one process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from sslnb import Run, losses, methods, parts, pretrain
+from sslnb.losses import nt_xent
+from sslnb.methods import mae
+
+pytestmark = pytest.mark.distributed
+METHODS = list(methods.METHODS)
+N = 16  # images in the global batch
+
+
+def connect(rank, world, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+
+def built(name):
+    """A method with weights and views that depend on nothing but its name."""
+    torch.manual_seed(0)
+    recipe = methods.recipes(name)["demo"]
+    method = recipe.build().train()
+    torch.manual_seed(1)
+    views = [torch.randn(N, 3, recipe.size, recipe.size) for _ in method.views(recipe.size).views]
+    noise = torch.rand(N, 49)
+    return method, views, noise
+
+
+def gradients(module):
+    return {k.removeprefix("module."): p.grad for k, p in module.named_parameters() if p.grad is not None}
+
+
+def method_worker(rank, world, store, name, out):
+    connect(rank, world, store)
+    method, views, noise = built(name)
+    mine = slice(rank * N // world, (rank + 1) * N // world)
+    mae.random_noise = lambda *_: noise[mine]
+    if method.sync_bn:
+        parts.sync_batchnorm(method, cuda=False)
+    model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
+    model([v[mine] for v in views], torch.arange(N)[mine])["loss"].backward()
+    if rank == 0:
+        torch.save({"grad": gradients(model), "buffers": dict(method.named_buffers())}, out)
+    dist.barrier()  # a process that leaves early takes the connections of the others with it
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, monkeypatch, name, world):
+    mp.spawn(method_worker, (world, tmp_path / "store", name, tmp_path / "out.pt"), nprocs=world)
+    method, views, noise = built(name)
+    monkeypatch.setattr(mae, "random_noise", lambda *_: noise)
+    method(views, torch.arange(N))["loss"].backward()
+    there = torch.load(tmp_path / "out.pt", weights_only=True)
+    for key, grad in gradients(method).items():
+        worst = (grad - there["grad"][key]).abs().max()
+        assert worst < 2e-4 * grad.abs().max() + 2e-6, f"{key}: off by {worst:.2g} of {grad.abs().max():.2g}"
+    for key, value in method.named_buffers():  # running statistics too
+        assert torch.allclose(value.float(), there["buffers"][key].float(), rtol=1e-4, atol=1e-5), key
+
+
+class SliceOnly(torch.autograd.Function):
+    """The gather of several public code bases: forward right, backward only the own slice of the own gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(out, x.contiguous())
+        return torch.cat(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def wrong_worker(rank, world, store, x, weight, out):
+    connect(rank, world, store)
+    # The loss of ALL anchors on every process, as those codes have it.
+    losses.gather, losses.world = (lambda z: z), (lambda: (0, 1))
+    layer = nn.Linear(6, 5, bias=False)
+    layer.weight.data.copy_(weight)
+    model = nn.parallel.DistributedDataParallel(layer)
+    z1, z2 = (model(v.chunk(world)[rank]) for v in x)
+    everyone = [SliceOnly.apply(z) for z in (z1, z2)]
+    nt_xent(*everyone, 0.2).backward()
+    if rank == 0:
+        torch.save(layer.weight.grad, out)
+    dist.barrier()  # a process that leaves early takes the connections of the others with it
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_gather_that_returns_its_own_slice_gives_one_wth_of_the_gradient(tmp_path, world):
+    """The defect that the test above must see: right direction, 1/W of the length, and no error anywhere."""
+    x, layer = [torch.randn(8, 6), torch.randn(8, 6)], nn.Linear(6, 5, bias=False)
+    mp.spawn(wrong_worker, (world, tmp_path / "store", x, layer.weight.data, tmp_path / "out.pt"), nprocs=world)
+    nt_xent(layer(x[0]), layer(x[1]), 0.2).backward()
+    wrong = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert torch.allclose(wrong * world, layer.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def norm_worker(rank, world, store, x, out):
+    connect(rank, world, store)
+    norm = parts.sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), cuda=False)
+    y = norm(x.chunk(world)[rank].requires_grad_())
+    if rank == 0:
+        torch.save(y.detach(), out)
+    dist.barrier()  # a process that leaves early takes the connections of the others with it
+    dist.destroy_process_group()
+
+
+def test_batch_norm_over_processes_is_batch_norm_of_the_whole(tmp_path):
+    x = torch.randn(8, 3, 4, 4) * 5 + 2
+    mp.spawn(norm_worker, (2, tmp_path / "store", x, tmp_path / "out.pt"), nprocs=2)
+    assert torch.allclose(torch.load(tmp_path / "out.pt"), nn.BatchNorm2d(3)(x)[:4], atol=1e-5)
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def recipe():
+    """Small steps of SGD: AdamW divides by gradients that are nearly zero, big steps are chaotic; both blow up rounding."""
+    return methods.recipes("simclr")["demo"].with_(epochs=2, batch=320, optimizer="sgd", lr=1e-5, warmup_epochs=0)
+
+
+def test_two_processes_train_the_run_of_one(recipe, tmp_path, capfd):
+    alone = pretrain(recipe, out=tmp_path / "alone")
+    pair = pretrain(recipe, out=tmp_path / "pair", processes=2)
+    assert pair.recipe.gpus == 2 and pair.recipe.total_batch == 320 and pair.status()["state"] == "done"
+    curves = [[row["loss"] for row in run.history()] for run in (alone, pair)]
+    assert curves[0] == pytest.approx(curves[1], rel=3e-3)
+    torch.manual_seed(0)
+    start = nn.utils.parameters_to_vector(recipe.build().backbone.parameters())
+    a, b = (nn.utils.parameters_to_vector(run.backbone().parameters()) for run in (alone, pair))
+    assert (a - b).norm() < 0.1 * (a - start).norm()
+    assert "step 8/8" in capfd.readouterr().out, "the caller sees the progress of the processes"
+
+
+def start(out, epochs=4, processes=2):
+    """pretrain in a process of its own, small batches, a checkpoint about every 100 steps."""
+    script = ("from sslnb import pretrain, methods\n"
+              f"r = methods.recipes('simclr')['demo'].with_(epochs={epochs}, batch=32)\n"
+              f"pretrain(r, out={str(out)!r}, processes={processes})")
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+def saved(out):
+    return Run(out).checkpoints() if out.exists() else []
+
+
+def worker_pids(out):
+    found = subprocess.run(["pgrep", "-f", f"sslnb.train {out}"], capture_output=True, text=True).stdout.split()
+    return [int(p) for p in found if b"torch.distributed.run" not in open(f"/proc/{p}/cmdline", "rb").read()]
+
+
+def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_happened(tmp_path):
+    whole = start(tmp_path / "whole")
+    whole.communicate(timeout=200)
+    hurt = start(tmp_path / "hurt")
+    wait_for(lambda: saved(tmp_path / "hurt"))
+    os.kill(worker_pids(tmp_path / "hurt")[-1], signal.SIGKILL)
+    printed = hurt.communicate(timeout=200)[0]
+    assert hurt.returncode == 0 and "Resuming" in printed
+    a, b = (Run(tmp_path / name).latest()["method"] for name in ("whole", "hurt"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_stopping_the_caller_saves_and_the_same_command_continues(tmp_path):
+    out = tmp_path / "run"
+    child = start(out)
+    wait_for(lambda: out.exists() and len(Run(out).history()) > 3)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=60)
+    assert child.returncode != 0 and Run(out).status()["state"] == "interrupted"
+    stopped = Run(out).latest()["step"]
+    assert 0 < stopped < Run(out).status()["total"]
+    again = start(out)
+    assert f"at step {stopped} of" in again.communicate(timeout=200)[0] and Run(out).status()["state"] == "done"
+
+
+def test_processes_do_not_outlive_a_caller_that_was_killed(tmp_path):
+    out = tmp_path / "run"
+    child = start(out, epochs=60)
+    wait_for(lambda: out.exists() and len(Run(out).history()) > 3)
+    child.kill()
+    wait_for(lambda: not worker_pids(out), 60)
+    assert Run(out).status()["state"] == "interrupted" and Run(out).latest()["step"] > 0
+
+
+def test_an_error_in_the_processes_ends_the_run_with_its_reason(tmp_path):
+    (tmp_path / "bad.py").write_text('''
+from sslnb.methods import recipes
+from sslnb.methods.simclr import SimCLR
+
+
+class Bad(SimCLR):
+    def forward(self, views, index=None):
+        raise RuntimeError("the idea in this cell does not work")
+
+
+RECIPES = {"demo": recipes("simclr")["demo"].with_(method="%s:Bad", epochs=1)}
+''' % (tmp_path / "bad.py"))
+    recipe = methods.recipes(f"{tmp_path / 'bad.py'}:Bad")["demo"]
+    with pytest.raises(RuntimeError, match="the idea in this cell does not work"):
+        pretrain(recipe, out=tmp_path / "run", processes=2)
+    assert Run(tmp_path / "run").status()["state"] == "failed"
