@@ -78,6 +78,19 @@ def curves(runs: Mapping[str, object], value: str = "loss", title: str = "") -> 
     return fig
 
 
+def lines(values: Mapping[str, Sequence[float]], x: Sequence[float] | None = None, *, xlabel: str, title: str,
+          ylabel: str = "") -> Figure:
+    """Named curves over x (their index without it)."""
+    fig, ((ax,),) = _figure(1, 1, 6.5, 2.8, title)
+    for i, (name, y) in enumerate(values.items()):
+        ax.plot(range(len(y)) if x is None else x, y, color=COLORS[i % 8], ls=STYLES[i % 4], label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel or next(iter(values)))
+    ax.grid(alpha=0.3)
+    if len(values) > 1:
+        ax.legend(frameon=False)
+    return fig
+
+
 PANEL = {"knn": ("kNN (%)", "higher is better"), "feature_std": ("feature std", "near 0: all images alike"),
          "effective_rank": ("effective rank", "low: few directions used"),
          "alignment": ("alignment", "low: views of an image agree"),
@@ -110,6 +123,8 @@ def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
 
 def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
     """Evaluation rows as bars with their 95 % intervals, one group per protocol."""
+    if not rows:
+        return grid([[np.full((8, 8, 3), 255)]], title="no labels, no accuracy")
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
     fig, (axes,) = _figure(1, len(protocols), 8, 2.6)
     for ax, protocol in zip(axes, protocols, strict=True):
@@ -134,13 +149,14 @@ def neighbours(images, features: Tensor, queries: Sequence[int], k: int = 8) -> 
                 column_names=["query", *(f"{i}." for i in range(1, k + 1))])
 
 
-def embedding(features: Tensor, labels: Tensor, classes: Sequence[str], title: str = "") -> Figure:
+def embedding(features: Tensor, labels: Tensor | None, classes: Sequence[str], title: str = "") -> Figure:
     """t-SNE of features in the plane. Colours AND markers tell the classes apart; labels are for looking only."""
     from sklearn.manifold import TSNE
 
     xy = TSNE(perplexity=min(30, len(features) // 4), init="pca", random_state=0).fit_transform(features.numpy())
     fig, ((ax,),) = _figure(1, 1, 6.5, 4.6, title or "Features in the plane (t-SNE)")
-    for c, name in enumerate(classes):
+    labels = torch.zeros(len(features)) if labels is None else labels
+    for c, name in enumerate(classes or ["images"]):
         mine = labels.numpy() == c
         ax.scatter(*xy[mine].T, s=14, alpha=0.7, color=COLORS[c % 8], marker=MARKERS[c % 10], label=name, lw=0)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

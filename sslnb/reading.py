@@ -1,6 +1,7 @@
 """What training reads: which image when, and its crops, all pure functions of (seed, epoch, step)."""
 
 import hashlib
+import os
 import random
 from collections.abc import Callable, Iterator
 
@@ -73,3 +74,10 @@ def draw_seed(seed: int, epoch: int, index: int) -> int:
     """62 bits from the three numbers and nothing else, so a resumed or rescaled run draws the same crops."""
     digest = hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
+
+
+def loader_workers(workers: int | str, images: Images, processes: int = 1) -> int:
+    """How many loader processes "auto" means: none for images in memory (starting them costs more), else most cores."""
+    if workers != "auto":
+        return int(workers)
+    return 0 if getattr(images, "root", None) is None else max(1, min(12, (os.cpu_count() or 2) // processes - 1))

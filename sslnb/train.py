@@ -19,7 +19,7 @@ from .checks import prepare
 from .errors import InputError
 from .launch import Stop, join, launch
 from .monitor import Meter, Monitor
-from .reading import EpochSampler, ViewSet
+from .reading import EpochSampler, ViewSet, loader_workers
 from .recipes import Recipe
 from .run import Run, write_atomic
 
@@ -106,7 +106,7 @@ class Trainer:
         self.images = datasets.load(recipe.data)
         self.views = method.views(recipe.size)
         self.sampler = EpochSampler(len(self.images), recipe.batch, rank=rank, world=world, seed=self.seed)
-        workers = _workers(settings["workers"], self.images, world)
+        workers = loader_workers(settings["workers"], self.images, world)
         self.loader = torch.utils.data.DataLoader(
             ViewSet(self.images, self.views.crop), batch_sampler=self.sampler, num_workers=workers,
             persistent_workers=workers > 0, pin_memory=self.cuda,
@@ -287,13 +287,6 @@ class Trainer:
     def close(self) -> None:
         self.accelerator.end_training()
         self.loader = None  # ends persistent workers
-
-
-def _workers(workers: int | str, images, world: int) -> int:
-    """Loader processes: none for images in memory (starting them costs more), else most of the cores."""
-    if workers != "auto":
-        return int(workers)
-    return 0 if images.root is None else max(1, min(12, (os.cpu_count() or 2) // world - 1))
 
 
 def _accelerator(precision: str, trackers: Sequence[str], path: Path):

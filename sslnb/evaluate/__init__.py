@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..errors import unknown
+from ..reading import loader_workers
 from .knn import weighted_knn
 from .linear import linear_probe
 from .results import append, interval, mean_interval, table
@@ -57,7 +58,7 @@ PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _l
 
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,
              seed: int = 0, out: str | Path | None = None, size: int | None = None,
-             device: str | torch.device = "cpu", workers: int = 0) -> list[dict]:
+             device: str | torch.device = "auto", workers: int | str = "auto") -> list[dict]:
     """Evaluate features; one dict per (features, protocol), accuracies and their 95 % intervals in %.
 
     `source`: a Run, the path of a run directory, or a timm name (random weights). `data`: a name or folder
@@ -65,7 +66,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     else "digits_scattered". `baselines` adds "random initialisation" (BatchNorm statistics calibrated) and
     "raw pixels". Rows go to `results.jsonl` in the run directory or in `out` as soon as each is known. A
     protocol that returns None does not apply to those features and gives no row. Data without labels give
-    an empty list and a printed note.
+    an empty list and a printed note. `device` "auto" is the GPU if there is one; `workers` "auto" reads files
+    with most of the cores.
     """
     for name in protocols:
         if name not in PROTOCOLS:
@@ -76,6 +78,9 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
         print(f"{train.name} has no labels: probes are switched off.")
         return []
     folder = source.folder if out is None else Path(out)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = loader_workers(workers, train)
     rows = []
     for subject in subjects(source, train, size=size, baselines=baselines, seed=seed,
                             device=device, workers=workers):

@@ -1,0 +1,333 @@
+"""Explorers moved by setting values, their headless twins, and every figure on small real runs."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sslnb import figures, load, methods, pretrain, widgets
+from sslnb.masking import random_mask
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images = load("digits_scattered", "test")
+    return [images[i] for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A small run of a joint-embedding method and one of a masked method."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = {"simclr": {"data": "digits_scattered", "size": 20, "batch": 320}, "mae": {"data": "digits_scattered"}}
+    return {name: pretrain(methods.recipes(name)["demo"].with_(epochs=2, **changes), out=folder / name)
+            for name, changes in small.items()}
+
+
+@pytest.fixture
+def mae():
+    torch.manual_seed(0)
+    return methods.recipes("mae")["demo"].build().eval()
+
+
+@pytest.fixture
+def clothes(mae):
+    """Three normalised images and the normalisation."""
+    normalize = mae.views(28).normalize
+    images = load("fashion_small", "test")
+    return torch.stack([normalize(to_tensor(images[i])) for i in range(3)]), normalize
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def find(widget, kind):
+    """All widgets of a kind inside another."""
+    found = [widget] if type(widget).__name__ == kind else []
+    return found + [w for child in getattr(widget, "children", ()) for w in find(child, kind)]
+
+
+# Sliders
+
+def line(height=1.0, color="black", grid=False):
+    fig = figures.lines({"y": [0, height, 2]}, xlabel="x", title="a line")
+    fig.axes[0].lines[0].set_color(color)
+    fig.axes[0].grid(grid)
+    return fig
+
+
+def test_headless_an_explorer_is_the_figure_of_the_first_values():
+    seen = []
+    shown = widgets.explore(lambda **values: seen.append(values) or line(), height=(0.0, 2.0, 0.1, 0.5),
+                            color=["red", "blue"], grid=True)
+    assert isinstance(shown, Figure) and seen == [{"height": 0.5, "color": "red", "grid": True}]
+
+
+def test_with_a_person_an_explorer_is_a_widget(monkeypatch):
+    monkeypatch.setattr(widgets, "interactive", lambda: True)
+    assert find(widgets.explore(line, height=(0.0, 2.0, 0.1, 0.5)), "Image")
+
+
+@pytest.mark.parametrize("control, kind, value", [
+    ({"height": (0.0, 2.0, 0.1, 0.5)}, "FloatSlider", 2.0),
+    ({"height": (0, 2, 1, 0)}, "IntSlider", 2),
+    ({"color": ["red", "blue"]}, "Dropdown", "blue"),
+    ({"grid": False}, "Checkbox", True),
+])
+def test_an_explorer_redraws_when_a_control_moves(control, kind, value):
+    box = widgets.explorer(line, control)
+    (knob,), (image,) = find(box, kind), find(box, "Image")
+    before = image.value
+    assert before.startswith(b"\x89PNG") and (pixels(before)[0, 0] == 255).all()
+    knob.value = value
+    assert (pixels(image.value) != pixels(before)).any()
+
+
+def test_headless_views_are_a_figure_at_the_recipes_own_numbers(digits):
+    recipe = methods.recipes("simclr")["demo"]
+    fig = widgets.views(recipe, digits, crop=(0.05, 1.0, 0.05), jitter=(0.0, 1.2, 0.1))
+    ours = figures.views_grid(recipe.build().views(recipe.size), digits, seed=0)
+    assert isinstance(fig, Figure) and (drawn(fig) == drawn(ours)).all()
+
+
+def drawn(fig):
+    return pixels(widgets._png(fig))
+
+
+@pytest.mark.parametrize("name", sorted(methods.METHODS))
+def test_the_views_sliders_start_at_the_recipe_and_change_what_the_network_sees(name, digits, monkeypatch):
+    monkeypatch.setattr(widgets, "interactive", lambda: True)
+    recipe = methods.recipes(name)["demo"]
+    box = widgets.views(recipe, digits[:2], crop=(0.05, 1.0, 0.05))
+    (crop,), (seed,), (image,) = find(box, "FloatSlider"), find(box, "IntSlider"), find(box, "Image")
+    assert crop.value == pytest.approx(recipe.build().crop[0]) and crop.description == "crop"
+    start = image.value
+    crop.value = 1.0
+    whole = image.value
+    seed.value = 3
+    assert len({start, whole, image.value}) == 3
+    crop.value, seed.value = recipe.build().crop[0], 0
+    assert image.value == start  # the same numbers and seed are the same picture
+
+
+# The board of patches
+
+class Board:
+    """The mask board of a method, with the masks it has drawn and ways to its parts."""
+
+    def __init__(self, method, images, normalize, noise, ratio=0.75):
+        self.masks, self.noise = [], noise
+
+        def draw(ratio):
+            method.mask_ratio = ratio
+            self.masks.append(random_mask(noise, ratio)[2])
+            return figures.reconstructions(method, images, noise, normalize)
+
+        self.box = widgets.mask_board(draw, noise, ratio)
+        (self.slider,), (self.image,), self.tiles = (find(self.box, k) for k in ("FloatSlider", "Image", "Button"))
+
+    def click(self, place):
+        """Click; returns the masks and pictures before and after."""
+        old = self.masks[-1], self.image.value
+        self.tiles[place].click()
+        return *old, self.masks[-1], self.image.value
+
+    def hidden(self):
+        """What the tiles say of the first image."""
+        return [tile.tooltip == "hidden" for tile in self.tiles]
+
+
+@pytest.fixture
+def board(mae, clothes):
+    noise = torch.rand(3, 49, generator=torch.Generator().manual_seed(0))
+    return Board(mae, *clothes, noise)
+
+
+def test_the_board_shows_the_mask_of_the_first_image(board):
+    assert len(board.tiles) == 49 and board.hidden() == board.masks[-1][0].bool().tolist()
+    colors = {tile.style.button_color for tile, hidden in zip(board.tiles, board.hidden(), strict=True) if hidden}
+    assert len(colors) == 1 and sum(board.hidden()) == 37
+
+
+@pytest.mark.parametrize("was_hidden", [True, False], ids=["hidden", "visible"])
+def test_a_clicked_patch_flips_in_the_first_image_and_is_the_same_in_all(was_hidden, board):
+    place = board.hidden().index(was_hidden)
+    before, old, after, new = board.click(place)
+    assert (after[:, place] == (not was_hidden)).all()
+    assert (before[0] != after[0]).nonzero().flatten().tolist() == [place]
+    assert (after.sum(1) == before.sum(1) + (-1 if was_hidden else 1)).all()
+    assert board.hidden() == after[0].bool().tolist() and (pixels(old) != pixels(new)).any()
+
+
+@pytest.mark.parametrize("was_hidden", [True, False], ids=["hidden", "visible"])
+def test_with_one_mask_for_all_images_a_click_changes_that_patch_and_no_other(was_hidden, mae, clothes):
+    board = Board(mae, *clothes, torch.rand(1, 49).expand(3, 49).clone())
+    for _ in range(3):
+        place = board.hidden().index(was_hidden)
+        before, _, after, _ = board.click(place)
+        assert ((before != after) == (torch.arange(49) == place)).all()
+
+
+def test_a_second_click_undoes_the_first(board):
+    place = board.hidden().index(False)
+    before, old, _, _ = board.click(place)
+    _, _, after, new = board.click(place)
+    assert before[0].equal(after[0])
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["the last visible", "the last hidden"])
+def test_patches_can_be_clicked_away_until_one_is_left_and_that_one_stays(keep, board):
+    """`keep`: hide patch after patch; else show patch after patch."""
+    while board.hidden().count(not keep) > 1:
+        place = board.hidden().index(not keep)
+        before, _, after, _ = board.click(place)
+        assert (before[0] != after[0]).nonzero().flatten().tolist() == [place]
+    place, drawn = board.hidden().index(not keep), len(board.masks)
+    before, _, after, _ = board.click(place)
+    assert before.equal(after) and len(board.masks) == drawn and board.hidden().count(not keep) == 1
+
+
+def test_growing_mask_ratios_give_nested_masks(board):
+    masks = []
+    for ratio in (0.2, 0.4, 0.6, 0.8, 0.95):
+        board.slider.value = ratio
+        masks.append(board.masks[-1])
+        assert board.hidden() == masks[-1][0].bool().tolist()
+    for small, large in zip(masks, masks[1:], strict=False):
+        assert (small <= large).all() and (small.sum(1) < large.sum(1)).all()
+
+
+def test_headless_reconstructions_are_the_static_figure_and_with_a_person_the_board(mae, clothes, monkeypatch):
+    assert isinstance(widgets.reconstructions(mae, *clothes), Figure)
+    monkeypatch.setattr(widgets, "interactive", lambda: True)
+    box = widgets.reconstructions(mae, *clothes)
+    (slider,), (image,) = find(box, "FloatSlider"), find(box, "Image")
+    start = image.value
+    slider.value = 0.5
+    assert (pixels(image.value) != pixels(start)).any() and mae.mask_ratio == 0.5
+
+
+def test_watching_a_finished_run_says_so_once_and_returns(runs, capsys):
+    widgets.watch(runs["simclr"])
+    assert "done at step" in capsys.readouterr().out
+
+
+# Figures
+
+def test_curves_of_one_and_of_two_runs(runs):
+    one, two = figures.curves({"SimCLR": runs["simclr"]}), figures.curves(runs, "knn", title="kNN")
+    rows = runs["simclr"].history("step")
+    assert one.axes[0].lines[0].get_ydata().tolist() == [row["loss"] for row in rows]
+    assert len(two.axes[0].lines) == 2 and two.axes[0].get_legend() and two.get_suptitle() == "kNN"
+    assert len({(line.get_color(), line.get_linestyle()) for line in two.axes[0].lines}) == 2
+
+
+def test_the_collapse_panel_draws_five_values_and_says_a_sentence(runs, capsys):
+    fig = figures.collapse_panel(runs["simclr"])
+    said = capsys.readouterr().out
+    assert len(fig.axes) == 5 and len(said.split()) > 3
+    assert all(len(ax.lines[0].get_xdata()) >= 2 for ax in fig.axes)
+    both = figures.collapse_panel(runs)
+    assert "simclr: " in (said := capsys.readouterr().out) and "mae: " in said and len(both.axes[0].lines) == 2
+
+
+def test_pictures_are_drawn_as_they_are(digits):
+    x = to_tensor(digits[0])
+    for picture in (digits[0], x):
+        assert np.allclose(np.asarray(figures.picture(picture), dtype=float) / (255 if picture is digits[0] else 1),
+                           x.permute(1, 2, 0))
+    fig = figures.grid([digits[:2], [None], []], ["a", "b", "c"], title="some are missing", column_names=["one", "two"])
+    assert [bool(ax.images) for ax in fig.axes] == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[None]]], ids=["no rows", "an empty row", "no image"])
+def test_a_grid_without_images_is_an_empty_figure(rows):
+    drawn(figures.grid(rows, title="nothing"))
+
+
+def test_the_views_grid_shows_the_image_and_every_draw(digits):
+    recipe = methods.recipes("byol")["demo"]
+    fig = figures.views_grid(recipe.build().views(recipe.size), digits[:2], draws=3)
+    assert len(fig.axes) == 2 * (1 + 3 * 2) and all(ax.images for ax in fig.axes)
+
+
+def test_lines_over_an_index_and_over_x():
+    fig = figures.lines({"a": [1, 2], "b": [2, 1]}, [0.5, 1.0], xlabel="share", title="t")
+    assert fig.axes[0].lines[1].get_xdata() == [0.5, 1.0] and fig.axes[0].get_legend()
+    assert list(figures.lines({"a": [1, 2]}, xlabel="x", title="t").axes[0].lines[0].get_xdata()) == [0, 1]
+
+
+def test_accuracy_bars_draw_the_95_percent_intervals():
+    rows = [{"protocol": protocol, "source": source, "top1": top1, "interval": [top1 - 3, top1 + 2]}
+            for protocol in ("knn", "linear") for source, top1 in (("trained", 80.0), ("raw pixels", 60.0))]
+    fig = figures.accuracy_bars(rows)
+    assert [ax.get_title() for ax in fig.axes] == ["knn", "linear"]
+    for ax in fig.axes:
+        bars, whiskers = [c for c in ax.containers if hasattr(c, "patches")][0], ax.collections[0].get_segments()
+        assert [bar.get_width() for bar in bars.patches] == [80, 60]
+        assert [(round(a[0]), round(b[0])) for a, b in whiskers] == [(77, 82), (57, 62)]
+        assert [text.get_text() for text in ax.get_yticklabels()] == ["trained  80.0", "raw pixels  60.0"]
+        assert ax.get_xlim() == (0, 100)
+
+
+def test_without_labels_there_are_no_bars():
+    assert "no labels" in figures.accuracy_bars([]).get_suptitle()
+
+
+def test_neighbours_puts_the_query_first_and_the_nearest_next(digits):
+    x = torch.tensor([[1.0, 0], [0, 1], [3, 0.3], [0.1, 9]])
+    fig = figures.neighbours(digits, x, queries=[0, 1], k=2)
+    shown = [ax.images[0].get_array() for ax in fig.axes]
+    for found, expected in zip(shown, [0, 2, 3, 1, 3, 2], strict=True):
+        assert (found == np.asarray(digits[expected])).all()
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_embedding_with_and_without_labels(labelled):
+    features = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    labels, classes = (torch.arange(40) % 3, ["a", "b", "c"]) if labelled else (None, [])
+    fig = figures.embedding(features, labels, classes)
+    assert [len(points.get_offsets()) for points in fig.axes[0].collections] == ([14, 13, 13] if labelled else [40])
+
+
+def test_similarities_are_drawn_from_minus_one_to_one():
+    shown = figures.similarities(torch.eye(3), "cosines").axes[0].images[0]
+    assert shown.get_clim() == (-1, 1) and (shown.get_array() == np.eye(3)).all()
+
+
+def test_a_film_has_a_row_per_snapshot(runs):
+    snapshots = runs["mae"].snapshots()
+    fig = figures.film(runs["mae"], count=3)
+    assert len(snapshots) >= 2 and len(fig.axes) == (2 + len(snapshots)) * 3
+    assert fig.axes[-3].get_ylabel() == f"step {snapshots[-1][0]}"
+
+
+def test_reconstructions_say_how_many_patches_and_how_good(mae, clothes):
+    fig = figures.reconstructions(mae, clothes[0], torch.rand(3, 49), clothes[1])
+    assert fig.get_suptitle().startswith("37 of 49 patches removed, ") and "dB" in fig.get_suptitle()
+    assert "from the truth" not in fig.get_suptitle()
+    mae.norm_pix = True
+    assert "from the truth" in figures.reconstructions(mae, clothes[0], torch.rand(3, 49), clothes[1]).get_suptitle()
+
+
+def test_removed_patches_are_grey_and_the_others_untouched():
+    images = torch.rand(1, 3, 4, 4)
+    shown = figures.masked(images, torch.tensor([[1.0, 0, 0, 0]]), 2)
+    assert (shown[:, :, :2, :2] == figures.MASKED).all() and shown[:, :, 2:].equal(images[:, :, 2:])
+
+
+def test_psnr_by_hand():
+    truth = torch.zeros(1, 3, 2, 2)
+    painted = truth.clone()
+    painted[..., 0, 0], painted[..., 1, 1] = 0.1, 0.9  # the second pixel was visible
+    hole = torch.tensor([[1.0, 1], [0, 0]])[None, None]
+    assert figures.psnr(painted, truth, hole) == pytest.approx(-10 * math.log10(0.01 / 2), abs=1e-4)
