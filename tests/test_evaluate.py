@@ -185,7 +185,7 @@ def test_raw_pixels_are_the_pixels(pictures):
     f = raw_pixels(pictures, 12)
     want = torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2).flatten(1) / 255
     assert torch.allclose(f.x, want) and f.x.max() <= 1
-    assert raw_pixels(Pictures(np.zeros((1, 64, 64, 3), np.uint8)), 224).x.shape == (1, 3 * 32 * 32)
+    assert raw_pixels(Pictures(np.zeros((1, 64, 64, 3), np.uint8)), 224).x.shape == (1, 32 * 32), "grey is counted once"
 
 
 def test_calibrated_estimates_the_statistics_of_the_copy_only(pictures):
