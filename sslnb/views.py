@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import InputError
@@ -95,6 +95,16 @@ class CenterCrop(ImageOp):
     def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
         left, top = round((image.width - self.size) / 2), round((image.height - self.size) / 2)
         return image.crop((left, top, left + self.size, top + self.size))
+
+
+@dataclass(frozen=True)
+class Pad(ImageOp):
+    """A black margin of `pixels` on every side, so that crops after it also move the image about."""
+
+    pixels: int
+
+    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
+        return ImageOps.expand(image, self.pixels) if self.pixels else image
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,67 @@
+"""What the README promises of the demo recipes: three seeds, intervals apart, a budget in steps and not in seconds.
+
+The test split is used here, once per run, and nowhere while a recipe was chosen.
+"""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from sslnb import data, methods, pretrain
+from sslnb.evaluate import evaluate, mean_interval
+from sslnb.evaluate.reconstruction import masked_psnr
+
+pytestmark = pytest.mark.slow
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _both_cores():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def results(method: str, folder) -> dict[str, list[float]]:
+    """kNN and linear accuracy in % of the trained network, its random initialisation and raw pixels, per seed."""
+    found: dict[str, list[float]] = {}
+    recipe = methods.recipes(method)["demo"]
+    for seed in SEEDS:
+        run = pretrain(recipe, out=folder / f"{method}-{seed}", seed=seed)
+        for row in evaluate(run, seed=seed):
+            name = "trained" if row["source"] == run.path.name else row["source"]
+            found.setdefault(f"{name} {row['protocol'].split()[0]}", []).append(row["top1"])
+        if method == "mae":
+            psnr = masked_psnr(run, data.load(recipe.data, "test"))
+            found.setdefault("trained psnr", []).append(psnr.model)
+            found.setdefault("baseline psnr", []).append(psnr.baseline)
+    print(f"\nDEMO {method} " + json.dumps({k: [round(v, 1) for v in vs] for k, vs in found.items()}))
+    return found
+
+
+def clearly_above(better: list[float], worse: list[float], by: float = 0.0) -> None:
+    """The means differ by at least `by`, and the 95 % intervals of the means over seeds do not touch."""
+    assert statistics.fmean(better) - statistics.fmean(worse) >= by
+    low = mean_interval(better)[0]
+    high = mean_interval(worse)[1] if len(set(worse)) > 1 else worse[0]  # raw pixels are the same for every seed
+    assert low > high, f"{better} and {worse} overlap"
+
+
+@pytest.mark.parametrize("method, steps", [("simclr", 800), ("byol", 800)])
+def test_joint_embedding_beats_its_start_by_20_points_and_raw_pixels(method, steps, tmp_path):
+    recipe = methods.recipes(method)["demo"]
+    assert recipe.epochs * recipe.steps_per_epoch(1300) == steps
+    found = results(method, tmp_path)
+    clearly_above(found["trained knn"], found["random initialisation knn"], by=20)
+    clearly_above(found["trained knn"], found["raw pixels knn"])
+    clearly_above(found["trained linear"], found["raw pixels linear"], by=20)
+
+
+def test_mae_beats_its_start_by_15_points_and_the_mean_by_5_decibel(tmp_path):
+    recipe = methods.recipes("mae")["demo"]
+    assert recipe.epochs * recipe.steps_per_epoch(5000) == 600
+    found = results("mae", tmp_path)
+    clearly_above(found["trained knn"], found["random initialisation knn"], by=15)
+    clearly_above(found["trained psnr"], found["baseline psnr"], by=5)
