@@ -13,7 +13,7 @@ from .errors import InputError, unknown
 MINI = {
     "resnet_mini": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "stem_type": "deep",
                                  "stem_width": 8, "zero_init_last": False}),
-    "vit_mini": ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 4}),
+    "vit_mini": ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}),
 }
 SMALL_IMAGE = 64  # up to this size a ResNet gets the 3x3 stem without pooling; 7x7/2 + pool would leave 2x2 maps
 

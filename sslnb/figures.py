@@ -37,7 +37,8 @@ def picture(x) -> np.ndarray:
 def grid(rows: Sequence[Sequence], row_names: Sequence[str] = (), title: str = "", column_names: Sequence[str] = (),
          size: float = 0.85) -> Figure:
     """A table of small pictures."""
-    columns = max(map(len, rows))
+    rows = list(rows) or [[]]
+    columns = max(1, *map(len, rows))
     fig, axes = _figure(len(rows), columns, width=size * columns + 1.1 * bool(row_names), height=size * len(rows) + 0.5,
                         title=title)
     for r, (line, row) in enumerate(zip(axes, rows, strict=True)):

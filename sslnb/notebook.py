@@ -40,22 +40,47 @@ def parameters() -> SimpleNamespace:
     annotated type ("false" is False, 1e2 is 100), and "auto" passes where it is the declared default.
     """
     shell = _shell()
-    cells = [cell for cell in shell.user_ns["In"][:-1] if cell.strip()]
-    injected = next((cell for cell in reversed(cells) if cell.startswith("# Parameters")), None)
-    cell = next((cell for cell in reversed(cells) if cell is not injected and declared(cell)), None)
-    if cell is None:
-        raise InputError("parameters(): run the cell tagged `parameters` first.")
-    return check(declared(cell), assigned(injected) if injected else [], shell.user_ns)
+    cell, injected = find([cell for cell in shell.user_ns["In"] if cell.strip()])
+    return check(declared(cell), assigned(injected), shell.user_ns)
+
+
+def find(cells: list[str]) -> tuple[str, str]:
+    """Of the cells that were run: the parameters cell and papermill's ("" if none), the ones before the last call.
+
+    Cells of the reader's own may lie between when a call is run again, so earlier calls are asked too.
+    """
+    calls = [i for i, cell in enumerate(cells) if "parameters()" in cell]
+    for i in reversed(calls):
+        injected = cells[i - 1] if i and cells[i - 1].split("\n")[0].strip() == "# Parameters" else ""
+        before = i - 1 - bool(injected)
+        if before >= 0 and declared(cells[before]):
+            return cells[before], injected
+    for cell in reversed(cells):
+        if declared(cell):
+            return cell, ""
+    raise InputError("parameters(): run the cell tagged `parameters` first.")
 
 
 def declared(cell: str) -> dict[str, tuple[str, Any]]:
-    """name -> (type, default) of the annotated assignments of a cell."""
-    nodes = [node for node in ast.parse(cell).body if isinstance(node, ast.AnnAssign) and node.value is not None]
-    return {node.target.id: (ast.unparse(node.annotation), ast.literal_eval(node.value)) for node in nodes}
+    """name -> (type, default) of the annotated assignments of a cell; a default that is computed counts as None."""
+    found = {}
+    for node in _statements(cell):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            default = node.value.value if isinstance(node.value, ast.Constant) else None
+            found[node.target.id] = (ast.unparse(node.annotation), default)
+    return found
 
 
 def assigned(cell: str) -> list[str]:
-    return [t.id for node in ast.parse(cell).body if isinstance(node, ast.Assign) for t in node.targets]
+    """Names that papermill's cell gives a value."""
+    return [t.id for node in _statements(cell) if isinstance(node, ast.Assign) for t in node.targets]
+
+
+def _statements(cell: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(cell).body
+    except SyntaxError:  # a magic, or a reader's typo
+        return []
 
 
 def check(known: dict[str, tuple[str, Any]], given: list[str], values: dict[str, Any]) -> SimpleNamespace:

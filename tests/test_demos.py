@@ -61,7 +61,7 @@ def test_joint_embedding_beats_its_start_by_20_points_and_raw_pixels(method, ste
 
 def test_mae_beats_its_start_by_15_points_and_the_mean_by_5_decibel(tmp_path):
     recipe = methods.recipes("mae")["demo"]
-    assert recipe.epochs * recipe.steps_per_epoch(5000) == 600
+    assert recipe.epochs * recipe.steps_per_epoch(5000) == 800
     found = results("mae", tmp_path)
     clearly_above(found["trained knn"], found["random initialisation knn"], by=15)
     clearly_above(found["trained psnr"], found["baseline psnr"], by=5)

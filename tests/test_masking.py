@@ -63,7 +63,7 @@ def test_the_encoder_neither_sees_nor_computes_hidden_patches():
     before = backbones.encode_visible(vit, images, keep)
     changed = images + 100 * upsample_mask(mask, 4)
     assert torch.equal(backbones.encode_visible(vit, changed, keep), before)
-    assert seen[0] == (2, 1 + 12, 96)
+    assert seen[0] == (2, 1 + 12, 64)
 
 
 def test_sine_cosine_positions_by_hand():
