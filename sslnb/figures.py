@@ -135,7 +135,7 @@ def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
         low, high = np.array([r["interval"] for r in mine]).T
         ax.barh(y, x, color=[COLORS[i % 8] for i in range(len(mine))], height=0.6)
         ax.errorbar(x, y, xerr=[x - low, high - x], fmt="none", ecolor="black", capsize=3)
-        ax.set_yticks(y, [f"{r['source']}  {r['top1']:.1f}" for r in mine], fontsize=9)
+        ax.set_yticks(y, [f"{r['source'].split('-')[0]}  {r['top1']:.1f}" for r in mine], fontsize=9)
         ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
         ax.set_title(protocol, fontsize=10)
     return fig

@@ -72,12 +72,12 @@ class Monitor:
         plain.load_state_dict(backbone.state_dict())
         return plain.to(next(backbone.parameters()).device)
 
-    def best(self, checkpoint) -> dict[str, Any]:
-        """For the status file: this checkpoint, if its kNN is the best so far."""
+    def best(self, checkpoint, step: int) -> dict[str, Any]:
+        """For the status file: this checkpoint of `step`, if the look at that step was the best so far by kNN."""
         knn, old = self.last.get("knn"), self.run.status().get("best", {})
-        if knn is None or knn <= old.get("knn", -1):
+        if self.last.get("step") != step or knn is None or knn <= old.get("knn", -1):
             return {}
-        return {"best": {"checkpoint": checkpoint.name, "knn": knn, "step": self.last["step"]}}
+        return {"best": {"checkpoint": checkpoint.name, "knn": knn, "step": step}}
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Two draws of the method's first view, the same images and draws every time."""

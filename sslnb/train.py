@@ -268,7 +268,7 @@ class Trainer:
         except (OSError, RuntimeError) as error:
             raise RuntimeError(f"The checkpoint of step {self.step} cannot be written to {self.run.path} ({error}); "
                                "earlier ones are untouched. Free some space; the same command continues.") from error
-        self.run.write_status(step=self.step, seconds=time.time() - start, **self.monitor.best(path))
+        self.run.write_status(step=self.step, seconds=time.time() - start, **self.monitor.best(path, self.step))
 
     def _resume(self) -> None:
         state = self.run.latest(say=print if self.main else lambda text: None)

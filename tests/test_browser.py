@@ -1,4 +1,4 @@
-"""A reader's view: JupyterLab in a browser, where the explorers are widgets that answer to the keyboard and the mouse."""
+"""A reader's view: JupyterLab in a browser, where the explorers are widgets that answer to keyboard and mouse."""
 
 import json
 import os
@@ -118,7 +118,12 @@ def changed(page, before):
     raise AssertionError("the picture in the widget stayed as it was")
 
 
-def no_errors(page):
+def looks_right(page):
+    """No text of a control is cut off, no picture is blown up, and nothing went to stderr."""
+    cut = page.locator(".widget-label, .widget-readout, .widget-vbox, .widget-hbox").evaluate_all(
+        "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)")
+    assert cut == []
+    assert page.locator("img.widget-image").evaluate_all("all => all.filter(e => e.width > e.naturalWidth).length") == 0
     assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0, \
         page.locator("[data-mime-type='application/vnd.jupyter.stderr']").first.inner_text()
 
@@ -138,7 +143,7 @@ print("interactive:", interactive())"""), "views")
     assert float(reading.inner_text()) == pytest.approx(value + 0.05)
     page.keyboard.press("ArrowLeft")
     assert changed(page, moved) == start
-    no_errors(page)
+    looks_right(page)
 
 
 def test_the_mask_ratio_answers_to_the_keyboard_and_the_patches_to_clicks(show):
@@ -155,4 +160,4 @@ def test_the_mask_ratio_answers_to_the_keyboard_and_the_patches_to_clicks(show):
     page.keyboard.press("ArrowLeft")
     changed(page, clicked)
     assert page.locator(".widget-gridbox button[title=hidden]").count() < 37
-    no_errors(page)
+    looks_right(page)

@@ -116,8 +116,8 @@ def _xavier(module: nn.Module) -> None:
 RECIPES = {
     "demo": Recipe(
         method="mae", backbone="vit_mini", size=28, data="fashion_small", batch=125, epochs=20, warmup_epochs=1,
-        optimizer="adamw", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.05, pool="mean",
-        numbers={"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4, "norm_pix": False, "crop": (0.6, 1.0)},
+        optimizer="adamw", lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05, pool="mean",
+        numbers={"decoder_dim": 64, "decoder_depth": 1, "decoder_heads": 4, "norm_pix": False, "crop": (0.9, 1.0)},
         source="ours", sources={"betas": "paper", "weight_decay": "paper"},
         note="Raw pixels as target, because their reconstructions can be looked at as they are."),
     "vit_base_dec8_dim512_8xb128_accu4_cos_fp16_ep400": Recipe(
