@@ -6,9 +6,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .run import Run
 
@@ -111,3 +114,29 @@ def launch(run: Run, processes: int) -> None:
     run.write_status(state=state, reason=reason)
     raise RuntimeError(f"{run.path} ended at step {status.get('step', 0)} of {status.get('total')}: {reason}. Details are "
                        f"in {run.path / 'launch.log'}; the same command continues from the last checkpoint.")
+
+
+def accelerator(precision: str, trackers: Sequence[str], path: Path):
+    """Accelerate for this process: precision, trackers, and DDP that leaves buffers alone."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if AcceleratorState._shared_state and not dist.is_initialized():
+        # A kernel trains several runs, and Accelerate would hold it to the precision of the first.
+        AcceleratorState._reset_state()
+    return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not torch.cuda.is_available(),
+                       log_with=list(trackers) or None, project_dir=str(path),
+                       kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+
+
+def random_state(cuda: bool) -> dict[str, Tensor]:
+    """torch's generators: the only ones used after the start (views carry their own seeds)."""
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if cuda else {})}
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -17,13 +17,11 @@ from . import data as datasets
 from . import optim, parts
 from .checks import prepare
 from .errors import InputError
-from .launch import Stop, join, launch
+from .launch import Stop, accelerator, join, launch, random_state, set_random_state
 from .monitor import Meter, Monitor
 from .reading import EpochSampler, ViewSet, loader_workers
 from .recipes import Recipe
 from .run import Run, write_atomic
-
-ELASTIC = "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class NonFinite(RuntimeError):
@@ -81,7 +79,7 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.recipe, self.seed = run, run.recipe, run.seed
         settings, recipe = run.settings, run.recipe
-        self.accelerator = _accelerator(recipe.precision, settings["trackers"], run.path)
+        self.accelerator = accelerator(recipe.precision, settings["trackers"], run.path)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if world != recipe.gpus:
@@ -256,7 +254,7 @@ class Trainer:
 
     def save(self, start: float) -> None:
         """A checkpoint at this step. A disk that is full stops the run and costs no earlier checkpoint."""
-        random_states = self._everywhere(_random_state(self.cuda))
+        random_states = self._everywhere(random_state(self.cuda))
         if not self.main:
             return
         scaler = self.accelerator.scaler
@@ -281,7 +279,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        _set_random_state(state["random"][self.accelerator.process_index])
+        set_random_state(state["random"][self.accelerator.process_index])
         if self.main:
             self.run.rewind_log(self.step)
             self.run.append("event", step=self.step, text="resumed")
@@ -291,30 +289,6 @@ class Trainer:
         self.accelerator.end_training()
         self.loader = None  # ends persistent workers
         torch.set_num_threads(self.threads)
-
-
-def _accelerator(precision: str, trackers: Sequence[str], path: Path):
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    if AcceleratorState._shared_state and not ELASTIC:
-        # A kernel trains several runs, and Accelerate would hold it to the precision of the first.
-        AcceleratorState._reset_state()
-    return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not torch.cuda.is_available(),
-                       log_with=list(trackers) or None, project_dir=str(path),
-                       kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-
-
-def _random_state(cuda: bool) -> dict[str, Tensor]:
-    """torch's generators: the only ones used after the start (views carry their own seeds)."""
-    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if cuda else {})}
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def main() -> None:

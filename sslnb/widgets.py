@@ -78,7 +78,7 @@ def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio:
 
     length = noise.shape[1]
     side = round(length**0.5)
-    slider = w.FloatSlider(value=mask_ratio, min=0.01, max=0.99, step=0.01, description="mask ratio",
+    slider = w.FloatSlider(value=mask_ratio, min=0.001, max=0.999, step=0.01, description="mask ratio",
                            continuous_update=False)
     tiles = [w.Button(layout=w.Layout(width="26px", height="26px", margin="1px", padding="0")) for _ in range(length)]
     image = w.Image(format="png")
@@ -99,7 +99,6 @@ def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio:
         noise[:, place] = noise.min(1).values - 1 if hidden else noise.max(1).values + 1
         ratio = 1 - visible / length - 1e-6  # so that exactly `visible` patches stay
         if abs(ratio - slider.value) > 1e-9:
-            slider.step = 1e-4
             slider.value = ratio  # redraws
         else:
             redraw()

@@ -122,7 +122,7 @@ def test_the_shape_of_a_schedule_survives_a_short_trial():
     (lambda: resolve("byol", backbone="resnet5O").build(), "Unknown backbone 'resnet5O': did you mean 'resnet50'"),
     (lambda: resolve("mae", size=30).build(), "size 30 cannot be cut into patches of 4"),
     (lambda: resolve("mae", backbone="resnet18").build(), "mae needs a vision transformer"),
-    (lambda: resolve("byol").steps_per_epoch(100), "batch is larger than the data.* only 100"),
+    (lambda: resolve("byol").steps_per_epoch(50), "batch is larger than the data.* only 50"),
     (lambda: methods.get("nowhere.py:Thing"), "no file nowhere.py"),
 ])
 def test_bad_input_is_one_sentence_with_a_remedy(call, words):

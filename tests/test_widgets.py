@@ -193,9 +193,10 @@ def test_a_second_click_undoes_the_first(board):
     assert before[0].equal(after[0])
 
 
-@pytest.mark.parametrize("ratio", [0.85, 0.2], ids=["the last visible", "the last hidden"])
-def test_patches_can_be_clicked_away_until_one_is_left_and_that_one_stays(ratio):
-    board, kind = Board(torch.rand(3, 49), ratio=ratio), ratio < 0.5
+@pytest.mark.parametrize("ratio", [0.9, 0.1], ids=["the last visible", "the last hidden"])
+@pytest.mark.parametrize("length", [49, 196])
+def test_patches_can_be_clicked_away_until_one_is_left_and_that_one_stays(length, ratio):
+    board, kind = Board(torch.rand(3, length), ratio=ratio), ratio < 0.5
     while board.hidden().count(kind) > 1:
         place = board.hidden().index(kind)
         before, _, after, _ = board.click(place)
@@ -203,6 +204,12 @@ def test_patches_can_be_clicked_away_until_one_is_left_and_that_one_stays(ratio)
     draws = len(board.masks)
     board.click(board.hidden().index(kind))
     assert len(board.masks) == draws and board.hidden().count(kind) == 1
+
+
+def test_a_click_leaves_the_sliders_range_and_steps_alone(board):
+    before = board.slider.min, board.slider.max, board.slider.step
+    board.click(0)
+    assert (board.slider.min, board.slider.max, board.slider.step) == before
 
 
 def test_growing_mask_ratios_give_nested_masks(board):
