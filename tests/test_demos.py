@@ -7,7 +7,6 @@ import json
 import statistics
 
 import pytest
-import torch
 
 from sslnb import data, methods, pretrain
 from sslnb.evaluate import evaluate, mean_interval
@@ -15,13 +14,6 @@ from sslnb.evaluate.reconstruction import masked_psnr
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _both_cores():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def results(method: str, folder) -> dict[str, list[float]]:
