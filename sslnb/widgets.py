@@ -26,7 +26,7 @@ def explorer(draw: Callable[..., Figure], controls: Mapping[str, object]):
     import ipywidgets as w
 
     knobs = {name: _knob(name, control) for name, control in controls.items()}
-    image = w.Image(format="png")
+    image = _image()
 
     def redraw(_=None) -> None:
         image.value = _png(draw(**{name: knob.value for name, knob in knobs.items()}))
@@ -81,7 +81,7 @@ def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio:
     slider = w.FloatSlider(value=mask_ratio, min=0.001, max=0.999, step=0.01, description="mask ratio",
                            continuous_update=False)
     tiles = [w.Button(layout=w.Layout(width="26px", height="26px", margin="1px", padding="0")) for _ in range(length)]
-    image = w.Image(format="png")
+    image = _image()
 
     def redraw(_=None) -> None:
         mask = masking.random_mask(noise[:1], slider.value)[2][0]
@@ -146,6 +146,13 @@ def _knob(name: str, control):
     low, high, step, value = control
     kind = w.IntSlider if all(isinstance(v, int) for v in control) else w.FloatSlider
     return kind(value=value, min=low, max=high, step=step, continuous_update=False, **settings)
+
+
+def _image():
+    """A picture at its own size: boxes would stretch it to their width, and small digits to a blur."""
+    import ipywidgets as w
+
+    return w.Image(format="png", layout=w.Layout(align_self="flex-start", flex="0 0 auto"))
 
 
 def _png(fig: Figure) -> bytes:
