@@ -109,7 +109,7 @@ def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio:
     redraw()
     board = w.GridBox(tiles, layout=w.Layout(grid_template_columns=f"repeat({side}, 28px)"))
     hint = w.Label("Click a patch to hide it or to show it again.")
-    return w.HBox([w.VBox([slider, hint, board]), image])
+    return w.HBox([w.VBox([slider, hint, board], layout=w.Layout(flex="0 0 auto", overflow="visible")), image])
 
 
 def watch(run, seconds: float = 2.0):
@@ -152,7 +152,7 @@ def _image():
     """A picture at its own size: boxes would stretch it to their width, and small digits to a blur."""
     import ipywidgets as w
 
-    return w.Image(format="png", layout=w.Layout(align_self="flex-start", flex="0 0 auto"))
+    return w.Image(format="png", layout=w.Layout(align_self="flex-start", flex="0 1 auto", min_width="0"))
 
 
 def _png(fig: Figure) -> bytes:
