@@ -212,6 +212,14 @@ def test_a_click_leaves_the_sliders_range_and_steps_alone(board):
     assert (board.slider.min, board.slider.max, board.slider.step) == before
 
 
+@pytest.mark.parametrize("length", [49, 196])
+def test_at_both_ends_of_the_slider_something_is_visible_and_something_hidden(length):
+    board = Board(torch.rand(3, length))
+    for end in (board.slider.min, board.slider.max):
+        board.slider.value = end
+        assert set(board.hidden()) == {True, False}
+
+
 def test_growing_mask_ratios_give_nested_masks(board):
     masks = []
     for ratio in (0.2, 0.4, 0.6, 0.8, 0.95):
@@ -280,6 +288,13 @@ def test_lines_over_an_index_and_over_x():
     fig = figures.lines({"a": [1, 2], "b": [2, 1]}, [0.5, 1.0], xlabel="share", title="t")
     assert list(fig.axes[0].lines[1].get_xdata()) == [0.5, 1.0] and fig.axes[0].get_legend()
     assert list(figures.lines({"a": [1, 2]}, xlabel="x", title="t").axes[0].lines[0].get_xdata()) == [0, 1]
+
+
+def test_no_figure_stays_open_to_be_shown_twice():
+    import matplotlib.pyplot as plt
+
+    figures.lines({"a": [1, 2]}, xlabel="x", title="t")
+    assert plt.get_fignums() == []
 
 
 def test_accuracy_bars_draw_the_95_percent_intervals():
