@@ -78,8 +78,8 @@ def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio:
 
     length = noise.shape[1]
     side = round(length**0.5)
-    slider = w.FloatSlider(value=mask_ratio, min=0.001, max=0.999, step=0.05, description="mask ratio",
-                           continuous_update=False)
+    slider = w.FloatSlider(value=mask_ratio, min=0.001, max=1 - 1 / length - 1e-6, step=0.05,  # one patch stays
+                           description="mask ratio", continuous_update=False)
     tiles = [w.Button(layout=w.Layout(width="26px", height="26px", margin="1px", padding="0")) for _ in range(length)]
     image = _image()
 
