@@ -1,5 +1,6 @@
 """Starting several processes, and stopping them well."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -55,13 +57,26 @@ class Stop:
 
 
 def _alive(pid: int) -> bool:
+    """False also for a zombie: dead, but nobody has asked for its exit code."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        pass
-    return True
+
+
+class Unbreakable:
+    """Standard output that nobody may be reading any more: a caller that died must not take the checkpoint with it."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
 
 
 def join() -> None:

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .recipes import Recipe
@@ -82,11 +83,11 @@ class Monitor:
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Two draws of the method's first view, the same images and draws every time."""
         first = Views(self.views.views[0])
-        shown = [self.bank[i] for i in self._readable(PAIRS)]
+        shown = self._readable(PAIRS)
         return first(shown, seed=1)[0], first(shown, seed=2)[0]
 
     def _snapshot(self, method, device, step: int) -> None:
-        shown = [self.bank[i] for i in self._readable(SHOWN)]
+        shown = self._readable(SHOWN)
         rng = random.Random(0)
         crops = [torch.stack(v) for v in zip(*(self.views.crop(image, rng) for image in shown), strict=True)]
         views = self.views.photometric(crops, torch.arange(len(shown)))
@@ -96,17 +97,35 @@ class Monitor:
             folder.mkdir(exist_ok=True)
             torch.save({k: v.cpu() for k, v in tensors.items()}, folder / f"step_{step:08d}.pt")
 
-    def _readable(self, count: int) -> list[int]:
+    def _readable(self, count: int) -> list[Image.Image]:
+        """The first pictures of the bank that can be decoded."""
         from .data import BrokenImage
 
-        found = []
+        found: list[Image.Image] = []
         for i in range(len(self.bank)):
-            with contextlib.suppress(BrokenImage):
-                self.bank[i]
-                found.append(i)
             if len(found) == count:
                 break
+            with contextlib.suppress(BrokenImage):
+                found.append(self.bank[i])
         return found
+
+
+class FiniteWatch:
+    """Remembers the first step at which a term of the loss was not finite, without waiting for the device."""
+
+    def __init__(self):
+        self.steps: dict[str, Tensor] = {}  # term -> its first bad step, inf if none, on the device
+
+    def note(self, terms: dict[str, Tensor], step: int) -> None:
+        for name, value in terms.items():
+            bad = torch.where(value.isfinite(), torch.inf, float(step))
+            self.steps[name] = torch.minimum(self.steps.get(name, bad), bad)
+
+    def first_bad(self) -> tuple[int, list[str]]:
+        """(step, the terms that were bad at it), (-1, []) while all is well. This waits for the device."""
+        steps = {name: float(step) for name, step in self.steps.items()}
+        first = min(steps.values(), default=math.inf)
+        return (-1, []) if first == math.inf else (int(first), [name for name, s in steps.items() if s == first])
 
 
 class Meter:
@@ -150,5 +169,3 @@ def _clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
-
-

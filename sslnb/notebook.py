@@ -45,20 +45,14 @@ def parameters() -> SimpleNamespace:
 
 
 def find(cells: list[str]) -> tuple[str, str]:
-    """Of the cells that were run: the parameters cell and papermill's ("" if none), the ones before the last call.
+    """Of the cells that were run: the parameters cell and papermill's ("" if none).
 
-    Cells of the reader's own may lie between when a call is run again, so earlier calls are asked too.
+    The parameters cell is the one that declares most, the latest of equals: cells of the reader's own may lie anywhere.
     """
-    calls = [i for i, cell in enumerate(cells) if "parameters()" in cell]
-    for i in reversed(calls):
-        injected = cells[i - 1] if i and cells[i - 1].split("\n")[0].strip() == "# Parameters" else ""
-        before = i - 1 - bool(injected)
-        if before >= 0 and declared(cells[before]):
-            return cells[before], injected
-    for cell in reversed(cells):
-        if declared(cell):
-            return cell, ""
-    raise InputError("parameters(): run the cell tagged `parameters` first.")
+    cell = max(reversed(cells), key=lambda cell: len(declared(cell)), default="")
+    if not declared(cell):
+        raise InputError("parameters(): run the cell tagged `parameters` first.")
+    return cell, next((c for c in reversed(cells) if c.split("\n")[0].strip() == "# Parameters"), "")
 
 
 def declared(cell: str) -> dict[str, tuple[str, Any]]:

@@ -97,6 +97,14 @@ class Recipe:
                              f"{self.total_batch} images per step, but there are only {images}; choose a smaller batch.")
         return steps
 
+    def lr_at(self, step: int, per_epoch: int) -> float:
+        """The learning rate of an optimizer step, with `per_epoch` steps per epoch."""
+        from . import optim
+
+        return optim.lr_at(step, lr=self.lr, total=self.epochs * per_epoch, warmup=round(self.warmup_epochs * per_epoch),
+                           schedule=self.schedule, min_lr=self.min_lr,
+                           milestones=tuple(m * per_epoch for m in self.milestones))
+
     def source_of(self, name: str) -> str:
         return self.sources.get(name, self.source)
 

@@ -209,11 +209,14 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """One row, on a line of its own even if a crash tore the line before."""
+    """One row, on a line of its own even if a crash tore the line before; on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
         file.write((json.dumps(row) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -231,20 +234,25 @@ def _sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, git state and hardware of this process."""
+def versions() -> dict[str, str]:
+    """Of Python, this package and those that can change a result."""
     from importlib.metadata import version
 
+    packages = ("sslnb", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
+    return {"python": platform.python_version(), **{p: version(p) for p in packages}}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, git state and hardware of this process."""
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
         return done.stdout.strip()
 
-    packages = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     commit = git("rev-parse", "--short", "HEAD")
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv,
-        "versions": {"python": platform.python_version(), "sslnb": version("sslnb"), **{p: version(p) for p in packages}},
+        "versions": versions(),
         "git": f"{commit} with local changes" if commit and git("status", "--porcelain") else commit or "not a checkout",
         "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads" + (f", {gpus}" if gpus else ""),
     }

@@ -17,8 +17,8 @@ from . import data as datasets
 from . import optim, parts
 from .checks import prepare
 from .errors import InputError
-from .launch import Stop, accelerator, join, launch, random_state, set_random_state
-from .monitor import Meter, Monitor
+from .launch import Stop, Unbreakable, accelerator, join, launch, random_state, set_random_state
+from .monitor import FiniteWatch, Meter, Monitor
 from .reading import EpochSampler, ViewSet, loader_workers
 from .recipes import Recipe
 from .run import Run, write_atomic
@@ -51,26 +51,26 @@ def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Pa
 
 def train(run: Run) -> None:
     """Train the run directory to its end in this process (one of several under torchrun)."""
+    rank = int(os.environ.get("RANK", 0))
     with contextlib.ExitStack() as stack:
-        if parts.world()[0] == 0 and int(os.environ.get("RANK", 0)) == 0:
+        if rank == 0:
             stack.enter_context(run.lock())
-        trainer = Trainer(run)
+            run.write_status(state="running", pid=os.getpid(), reason="", final=False)
         stop = stack.enter_context(Stop())
         try:
+            trainer = Trainer(run)
+            stack.callback(trainer.close)
             trainer.fit(stop)
         except (KeyboardInterrupt, SystemExit) as error:
-            if trainer.main and run.status().get("state") == "running":
+            if rank == 0 and run.status().get("state") == "running":
                 run.write_status(state="interrupted", reason=f"{type(error).__name__}: {error}")
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-            run.append("error", step=trainer.step, process=trainer.accelerator.process_index, time=time.time(),
-                       text=reason)
-            if trainer.main:
+            run.append("error", step=run.status().get("step", 0), process=rank, time=time.time(), text=reason)
+            if rank == 0:
                 run.write_status(state="failed", reason=reason, final=isinstance(error, NonFinite | InputError))
             raise
-        finally:
-            trainer.close()
 
 
 class Trainer:
@@ -119,6 +119,7 @@ class Trainer:
         self.check_every = self.log_every if self.cuda else 1
         self.broken: set[int] = set()
         self.skipped = 0
+        self.finite = FiniteWatch()
         self.monitor = Monitor(run, self.images, self.views, recipe, self.total, self.per_epoch)
         self._resume()
 
@@ -129,8 +130,8 @@ class Trainer:
         start = time.time() - run.status().get("seconds", 0.0)
         if self.main:
             run.add_provenance(step=self.step, processes=self.accelerator.num_processes)
-            run.write_status(state="running", pid=os.getpid(), step=self.step, reason="", final=False)
-        if self.accelerator.trackers or run.settings["trackers"]:
+            run.write_status(step=self.step)
+        if run.settings["trackers"]:
             self.accelerator.init_trackers("sslnb", config={k: str(v) for k, v in run.settings["recipe"].items()})
         method.before_train(run)
         if self.main and self.step == 0:
@@ -154,7 +155,7 @@ class Trainer:
     def _step(self, batches, meter: Meter) -> dict[str, Tensor]:
         """One optimizer step: `accum` micro-batches, then the update. Returns the step's scalars, on the device."""
         recipe, accum = self.recipe, self.recipe.accum
-        lr = optim.lr_at(self.step, **self._schedule())
+        lr = recipe.lr_at(self.step, self.per_epoch)
         optim.set_lr(self.optimizer, lr)
         sums: dict[str, Tensor] = {}
         for micro in range(accum):
@@ -170,8 +171,9 @@ class Trainer:
             for name, value in out.items():
                 if value.ndim == 0:
                     sums[name] = sums.get(name, 0.0) + value.detach() / accum
-        if self.check_every == 1 or (self.step + 1) % self.check_every == 0:
-            self._stop_if_not_finite(sums, views, index)  # before the update, so that good weights stay good
+        self.finite.note(sums, self.step)
+        if (self.step + 1) % self.check_every == 0:
+            self._stop_if_not_finite()
         progress = (self.step + 1) / self.total
         self.method.before_step(progress)
         if recipe.clip:
@@ -185,13 +187,9 @@ class Trainer:
             self.method.after_step(progress)
         return {**sums, "lr": torch.tensor(lr)}
 
-    def _schedule(self) -> dict:
-        r, n = self.recipe, self.per_epoch
-        return dict(lr=r.lr, total=self.total, warmup=round(r.warmup_epochs * n), schedule=r.schedule, min_lr=r.min_lr,
-                    milestones=tuple(m * n for m in r.milestones))
-
     def _end_of_epoch(self, epoch: int, start: float) -> None:
         last = self.step == self.total
+        self._stop_if_not_finite()  # before anything looks at the network or keeps it
         if self.monitor.due(epoch):
             if self.main:
                 row = self.monitor.look(self.method, self.step)
@@ -200,9 +198,10 @@ class Trainer:
             self.save(start)
 
     def _finish(self, start: float) -> None:
+        from accelerate.utils import gather_object
         from safetensors.torch import save_file
 
-        broken = sorted(set().union(*self._everywhere(self.broken)))
+        broken = sorted(set().union(*gather_object([self.broken])))
         if self.main:
             weights = {k: v.detach().cpu().contiguous() for k, v in self.method.backbone.state_dict().items()}
             draft = self.run.path / ".backbone.draft"
@@ -224,15 +223,22 @@ class Trainer:
                   "the same command continues here.", flush=True)
         raise stop.exception()
 
-    def _stop_if_not_finite(self, terms: dict[str, Tensor], views: list[Tensor], index: Tensor) -> None:
-        bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+    def _stop_if_not_finite(self) -> None:
+        """End the run at the first bad step, before an update (CPU) or a checkpoint (any device) can keep its harm."""
+        step, bad = self.finite.first_bad()
         if not self._any(bool(bad)):
             return
-        path = self.run.path / f"nonfinite_step_{self.step:08d}_rank{self.accelerator.process_index}.pt"
-        if bad:
-            torch.save({"step": self.step, "terms": terms, "views": views, "index": index}, path)
-        raise NonFinite(f"{', '.join(bad) or 'The loss of another process'} is not finite at step {self.step}; the "
-                        f"batch is in {path.name}. Try a lower lr, a longer warm-up, or bf16 instead of fp16.")
+        if not bad:
+            raise NonFinite("The loss of another process is not finite; its file in the run directory says where.")
+        path = self.run.path / f"nonfinite_step_{step:08d}_rank{self.accelerator.process_index}.pt"
+        # The batch is gone by now, but it depends on seed, epoch and step alone: make it again.
+        self.sampler.set_position(step // self.per_epoch, step % self.per_epoch * self.recipe.accum)
+        batches = iter(self.loader)
+        micro = [next(batches) for _ in range(self.recipe.accum)]
+        torch.save({"step": step, "terms": bad, "index": [index for _, index, _, _ in micro],
+                    "views": [self.views.photometric(crops, seeds) for crops, _, seeds, _ in micro]}, path)
+        raise NonFinite(f"{', '.join(bad)} is not finite at step {step}; the batch is in {path.name}. "
+                        "Try a lower lr, a longer warm-up, or bf16 instead of fp16.")
 
     # ------------------------------------------------------------ between processes
 
@@ -244,17 +250,14 @@ class Trainer:
         torch.distributed.all_reduce(told)
         return bool(told > 0)
 
-    def _everywhere(self, value):
-        """[value of process 0, of process 1, …] on every process."""
-        from accelerate.utils import gather_object
-
-        return gather_object([value])
-
     # ------------------------------------------------------------ save and resume
 
     def save(self, start: float) -> None:
         """A checkpoint at this step. A disk that is full stops the run and costs no earlier checkpoint."""
-        random_states = self._everywhere(random_state(self.cuda))
+        from accelerate.utils import gather_object
+
+        self._stop_if_not_finite()
+        random_states = gather_object([random_state(self.cuda)])
         if not self.main:
             return
         scaler = self.accelerator.scaler
@@ -296,6 +299,7 @@ def main() -> None:
     run = Run.open(sys.argv[1])
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and run.status().get("final"):
         sys.exit(1)  # torchrun starts processes again after any error; this one would only repeat itself
+    sys.stdout = Unbreakable(sys.stdout)
     join()
     try:
         train(run)

@@ -132,6 +132,10 @@ def test_cells_of_the_readers_own_do_not_disturb_the_parameters(between, shell):
     assert p is not None and list(vars(p)) == ["epochs", "lr", "resume", "out"]
 
 
+def test_a_cell_of_the_readers_own_before_the_first_call_is_not_taken_for_the_parameters(shell):
+    assert list(vars(run(shell, CELL, "steps: int = 3", READ))) == ["epochs", "lr", "resume", "out"]
+
+
 def test_a_parameter_may_be_computed(shell):
     p = run(shell, CELL.replace("10", "2 * 50"), READ)
     assert p.epochs == 100

@@ -212,21 +212,48 @@ def test_a_tracker_by_name(tiny, tmp_path):
 # ---------------------------------------------------------------- when something breaks
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_term_and_batch(tiny, tmp_path, monkeypatch):
-    forward = methods.get("simclr").forward
+@pytest.mark.parametrize("every", [1, 3], ids=["looked at each step", "looked at now and then, as on a GPU"])
+def test_a_loss_that_is_not_finite_stops_with_step_term_and_batch(tiny, tmp_path, monkeypatch, every):
+    forward, seen = methods.get("simclr").forward, []
 
     def poisoned(self, views, index=None):
         out = forward(self, views, index)
-        self.calls = getattr(self, "calls", 0) + 1
-        return {**out, "loss": out["loss"] * float("nan")} if self.calls == 3 else out
+        seen.append(views)
+        return {**out, "loss": out["loss"] * float("nan")} if len(seen) == 3 else out
 
     monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", poisoned)
+    run = prepare(tiny(), out=tmp_path / "run")
+    trainer = Trainer(run)
+    trainer.check_every = every
     with pytest.raises(NonFinite, match="loss is not finite at step 2; the batch is in nonfinite_step_00000002"):
+        trainer.fit(Stop())
+    trainer.close()
+    saved = torch.load(next(run.path.glob("nonfinite*")), weights_only=True)
+    assert saved["step"] == 2 and saved["terms"] == ["loss"] and len(saved["index"][0]) == 320
+    assert all(torch.equal(a, b) for a, b in zip(saved["views"][0], seen[2], strict=True))
+    assert not run.checkpoints(), "bad weights are not kept"
+
+
+def test_bad_weights_are_never_saved_however_seldom_one_looks(tiny, tmp_path, monkeypatch):
+    forward = methods.get("simclr").forward
+    monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", lambda self, views, index=None: {
+        **(out := forward(self, views, index)), "loss": out["loss"] * float("nan")})
+    run = prepare(tiny(), out=tmp_path / "run")
+    trainer = Trainer(run)
+    trainer.check_every = 10**6
+    with pytest.raises(NonFinite, match="step 0"):
+        trainer.fit(Stop())
+    trainer.close()
+    assert not run.checkpoints()
+
+
+def test_a_failed_run_says_why(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sslnb.methods.simclr.SimCLR.before_train", lambda self, run: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         pretrain(tiny(), out=tmp_path / "run")
-    saved = torch.load(next((tmp_path / "run").glob("nonfinite*")), weights_only=True)
-    assert saved["step"] == 2 and len(saved["views"]) == 2 and len(saved["index"]) == 320
     status = Run.open(tmp_path / "run").status()
-    assert status["state"] == "failed" and "not finite at step 2" in status["reason"]
+    assert status["state"] == "failed" and "ZeroDivisionError" in status["reason"]
+    assert "ZeroDivisionError" in Run.open(tmp_path / "run").history("error")[0]["text"]
 
 
 def test_broken_images_are_skipped_counted_and_named(tmp_path, capsys):

@@ -9,16 +9,16 @@ A new protocol is one function `(subject, train, test, seed) -> Outcome` in PROT
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from ..errors import unknown
 from ..reading import loader_workers
+from ..run import append_jsonl, versions
 from .knn import weighted_knn
 from .linear import linear_probe
-from .results import append, interval, mean_interval, table
+from .results import interval, mean_interval, table
 from .sources import Subject, open_source, subjects
 
 __all__ = ["PROTOCOLS", "Outcome", "Subject", "evaluate", "interval", "mean_interval", "table"]
@@ -90,7 +90,7 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
                 continue
             rows.append(_row(subject, train.name, outcome, seed))
             if folder is not None:
-                append(folder / "results.jsonl", rows[-1])
+                append_jsonl(folder / "results.jsonl", rows[-1])
     return rows
 
 
@@ -108,14 +108,4 @@ def _row(subject: Subject, data: str, outcome: Outcome, seed: int) -> dict:
     return {"source": subject.name, "data": data, "protocol": outcome.protocol,
             "top1": 100 * outcome.correct / outcome.n, "interval": [100 * low, 100 * high], "n": outcome.n,
             "seed": seed, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": _versions(), **outcome.more}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("sslnb", "torch", "timm", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # sslnb itself, when it is read from a checkout
-            pass
-    return found
+            "versions": versions(), **outcome.more}

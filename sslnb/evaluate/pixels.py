@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+
+from ..views import CenterCrop, Normalize, Resize
 
 MARGIN, MARGIN_FROM = 256 / 224, 96
 
@@ -29,27 +30,17 @@ def read(images, indices: Sequence[int], size: int) -> tuple[Tensor, list[int], 
     """Pixels (B, 3, size, size) uint8, the indices they belong to, one sentence per broken image."""
     from ..data import BrokenImage
 
+    resize, square = Resize(round(size * MARGIN) if size >= MARGIN_FROM else size), CenterCrop(size)
     pixels, kept, broken = [np.zeros((0, size, size, 3), np.uint8)], [], []
     for i in indices:
         try:
-            pixels.append(np.asarray(_central_square(images[i], size))[None])
+            pixels.append(np.asarray(square(resize(images[i])))[None])
             kept.append(int(i))
         except BrokenImage as error:
             broken.append(str(error))
     return torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2), kept, broken
 
 
-def _central_square(image: Image.Image, size: int) -> Image.Image:
-    """Resize and crop with torchvision's roundings, so that the pixels are those of published evaluations."""
-    short = round(size * MARGIN) if size >= MARGIN_FROM else size
-    w, h = image.size
-    if min(w, h) != short:
-        w, h = int(short * w / min(w, h)), int(short * h / min(w, h))
-        image = image.resize((w, h), Image.Resampling.BICUBIC)
-    left, top = round((w - size) / 2), round((h - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    shift, scale = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (pixels.float() / 255 - shift) / scale
+    """uint8 (B, 3, H, W) -> float32, normalised."""
+    return Normalize(tuple(mean), tuple(std)).apply(pixels.float() / 255)

@@ -1,11 +1,8 @@
-"""Results as data: intervals, one JSON object per line, and a table to read."""
+"""Results as data: intervals, and a table to read."""
 
-import json
 import math
-import os
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..errors import InputError
 
@@ -34,15 +31,6 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     half = t.ppf((1 + level) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return mean - float(half), mean + float(half)
-
-
-def append(path: Path, row: dict) -> None:
-    """Add one row to a file of JSON lines; on the disk when this returns, so a crash loses no row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
