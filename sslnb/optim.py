@@ -15,7 +15,8 @@ class LARS(torch.optim.Optimizer):
 
         g ← ∇ + λ w,   ρ = η ‖w‖ / ‖g‖,   v ← μ v + ρ g,   w ← w − lr v
 
-    Tensors with at most one dimension (biases, norms) skip both λ and ρ. Two public variants differ: timm divides by
+    Tensors with at most one dimension (biases, norms) skip both λ and ρ, unless their group says "adapt_vectors" (apex's
+    LARC, which SwAV uses, excludes nothing). Two public variants differ: timm divides by
     ‖∇‖ + λ ‖w‖, and OpenMixup's default never computes ρ, which makes it plain SGD at the lr of LARS.
     """
 
@@ -27,7 +28,7 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             for w in (w for w in group["params"] if w.grad is not None):
                 g = w.grad
-                if w.ndim > 1:
+                if w.ndim > 1 or group.get("adapt_vectors"):
                     g = g + group["weight_decay"] * w
                     norm_w, norm_g = w.norm(), g.norm()
                     rho = group["trust"] * norm_w / norm_g
@@ -38,6 +39,7 @@ class LARS(torch.optim.Optimizer):
 
 
 OPTIMIZERS = ("sgd", "lars", "adamw")
+SCHEDULES = ("cosine", "step", "constant")
 
 
 def build(groups: list[dict], recipe) -> torch.optim.Optimizer:
@@ -61,15 +63,15 @@ def decay_groups(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> li
             {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0}]
 
 
-def lr_at(step: int, *, lr: float, total: int, warmup: int, schedule: str = "cosine", min_lr: float = 0.0,
-          milestones: tuple[int, ...] = (), gamma: float = 0.1) -> float:
+def lr_at(step: int, *, lr: float, total: int, warmup: int, warmup_from: float = 0.0, schedule: str = "cosine",
+          min_lr: float = 0.0, milestones: tuple[int, ...] = (), gamma: float = 0.1) -> float:
     """Learning rate of optimizer step `step` (0 … total-1); all lengths are in optimizer steps.
 
-    Linear from 0 to lr over `warmup`, then "cosine" to min_lr, "step" (times gamma at each milestone) or "constant".
+    Linear from `warmup_from` (a share of lr) to lr over `warmup`, then "cosine" to min_lr, "step" (times gamma at each milestone) or "constant".
     The cosine starts AFTER the warm-up as in the official codes; OpenMMLab's runs under it and peaks lower.
     """
     if step < warmup:
-        return lr * step / warmup
+        return lr * (warmup_from + (1 - warmup_from) * step / warmup)
     if schedule == "cosine":
         progress = (step - warmup) / max(1, total - warmup)
         return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
@@ -77,7 +79,7 @@ def lr_at(step: int, *, lr: float, total: int, warmup: int, schedule: str = "cos
         return lr * gamma ** sum(step >= m for m in milestones)
     if schedule == "constant":
         return lr
-    unknown("schedule", schedule, ("cosine", "step", "constant"))
+    unknown("schedule", schedule, SCHEDULES)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

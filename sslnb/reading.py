@@ -3,7 +3,7 @@
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -46,6 +46,7 @@ class EpochSampler(Sampler):
 
     All processes share one permutation per (seed, epoch); step t is its t-th slice of batch * world images,
     so together they see what one process with the whole batch sees. The incomplete last step is dropped.
+    A method may ask for another order, in which images come several times or never (`Method.order`).
     """
 
     def __init__(self, size: int, batch: int, *, rank: int = 0, world: int = 1, seed: int = 0) -> None:
@@ -54,20 +55,26 @@ class EpochSampler(Sampler):
                              f"{batch * world} images, but there are {size}; lower batch or add images.")
         self.size, self.batch, self.rank, self.world, self.seed = size, batch, rank, world, seed
         self.epoch = self.step = 0
+        self.order: Sequence[int] | None = None
 
-    def set_position(self, epoch: int, step: int = 0) -> None:
-        """Iterating next starts at this step of this epoch."""
-        self.epoch, self.step = epoch, step
+    def set_position(self, epoch: int, step: int = 0, order: Sequence[int] | None = None) -> None:
+        """Iterating next starts at this step of this epoch; `order` (size,) replaces the permutation of the epoch."""
+        self.epoch, self.step, self.order = epoch, step, order
 
     def __len__(self) -> int:
         return max(0, self.size // (self.batch * self.world) - self.step)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         seed, epoch, total = self.seed, self.epoch, self.batch * self.world
-        order = np.random.RandomState(draw_seed(seed, epoch, -1) % 2**32).permutation(self.size)
+        asked = self.order
+        order = np.random.RandomState(draw_seed(seed, epoch, -1) % 2**32).permutation(self.size) if asked is None \
+            else np.asarray(asked)
         for step in range(self.step, self.size // total):
             start = step * total + self.rank * self.batch
-            yield [(i, draw_seed(seed, epoch, i)) for i in order[start:start + self.batch].tolist()]
+            mine = order[start:start + self.batch].tolist()
+            # An image that comes twice must not come with the same views twice: then its place counts, not its number.
+            keys = mine if asked is None else range(start, start + self.batch)
+            yield [(i, draw_seed(seed, epoch, key)) for i, key in zip(mine, keys, strict=True)]
 
 
 def draw_seed(seed: int, epoch: int, index: int) -> int:

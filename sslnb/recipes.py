@@ -20,6 +20,8 @@ SHORT = {"resnet50": "r50", "vit_base_patch16_224": "vit_base", "vit_small_patch
 class Recipe:
     """What a run does. Lengths are in epochs; `batch` is per process; `lr` is the real learning rate, not a base.
 
+    The learning rate rises linearly from `warmup_from` (a share of lr); `milestones` are the epochs at which schedule
+    "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch.
     `numbers` are keyword arguments of the method's constructor (its own numbers and those of its views).
     `source` says where the numbers come from (paper, official code, zoo, ours), `sources` names the exceptions.
     """
@@ -39,8 +41,11 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: str = "cosine"
     warmup_epochs: float = 0.0
+    warmup_from: float = 0.0
     min_lr: float = 0.0
     milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    lr_by_epoch: bool = False
     clip: float = 0.0
     precision: str = "fp32"
     pool: str = "model"
@@ -65,10 +70,10 @@ class Recipe:
         if self.warmup_epochs > self.epochs:
             # A short trial of a long recipe: keep the shape instead of training inside the warm-up only.
             object.__setattr__(self, "warmup_epochs", self.epochs / 10)
-        from .optim import OPTIMIZERS
+        from .optim import OPTIMIZERS, SCHEDULES
 
         for kind, value, known in (("precision", self.precision, PRECISIONS), ("optimizer", self.optimizer, OPTIMIZERS),
-                                   ("schedule", self.schedule, ("cosine", "step", "constant"))):
+                                   ("schedule", self.schedule, SCHEDULES)):
             if value not in known:
                 unknown(kind, value, known)
 
@@ -101,8 +106,10 @@ class Recipe:
         """The learning rate of an optimizer step, with `per_epoch` steps per epoch."""
         from . import optim
 
+        if self.lr_by_epoch:  # the official codes of MoCo and SimSiam set it once per epoch
+            step -= step % per_epoch
         return optim.lr_at(step, lr=self.lr, total=self.epochs * per_epoch, warmup=round(self.warmup_epochs * per_epoch),
-                           schedule=self.schedule, min_lr=self.min_lr,
+                           warmup_from=self.warmup_from, schedule=self.schedule, min_lr=self.min_lr, gamma=self.gamma,
                            milestones=tuple(m * per_epoch for m in self.milestones))
 
     def source_of(self, name: str) -> str:

@@ -139,7 +139,7 @@ class Trainer:
         meter = Meter(self)
         for epoch in range(self.step // self.per_epoch, self.recipe.epochs):
             method.before_epoch(run, epoch)
-            self.sampler.set_position(epoch, self.step % self.per_epoch * self.recipe.accum)
+            self._seek(self.step)
             batches = iter(self.loader)
             for _ in range(self.step % self.per_epoch, self.per_epoch):
                 terms = self._step(batches, meter)
@@ -151,6 +151,11 @@ class Trainer:
                 if self.step % self.check_every == 0 and self._any(stop.asked):
                     self._leave(start, stop)
         self._finish(start)
+
+    def _seek(self, step: int) -> None:
+        """The loader next starts at this optimizer step."""
+        epoch, step = divmod(step, self.per_epoch)
+        self.sampler.set_position(epoch, step * self.recipe.accum, self.method.order(self.seed, epoch))
 
     def _step(self, batches, meter: Meter) -> dict[str, Tensor]:
         """One optimizer step: `accum` micro-batches, then the update. Returns the step's scalars, on the device."""
@@ -232,7 +237,7 @@ class Trainer:
             raise NonFinite("The loss of another process is not finite; its file in the run directory says where.")
         path = self.run.path / f"nonfinite_step_{step:08d}_rank{self.accelerator.process_index}.pt"
         # The batch is gone by now, but it depends on seed, epoch and step alone: make it again.
-        self.sampler.set_position(step // self.per_epoch, step % self.per_epoch * self.recipe.accum)
+        self._seek(step)
         batches = iter(self.loader)
         micro = [next(batches) for _ in range(self.recipe.accum)]
         torch.save({"step": step, "terms": bad, "index": [index for _, index, _, _ in micro],

@@ -1,6 +1,7 @@
 """The contract, for every method: what train.py and a reader may rely on."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,7 +49,10 @@ def test_forward_gives_a_finite_scalar_and_gradients_reach_the_backbone(recipe):
 
 def test_hooks_run_and_the_state_makes_the_round_trip(recipe):
     method = recipe.build()
-    method.before_epoch(None, 0), method.before_step(0.5), method.after_step(0.5)
+    run = SimpleNamespace(recipe=recipe, seed=0)
+    method.before_train(run), method.before_epoch(run, 0), method.before_step(0.5), method.after_step(0.5)
+    order = method.order(0, 0)
+    assert order is None or len(order) == len(data.load(recipe.data))
     twin = recipe.build()
     twin.load_state_dict(copy.deepcopy(method.state_dict()))
     views = some_views(method, recipe)

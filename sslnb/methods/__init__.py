@@ -8,24 +8,27 @@ from pathlib import Path
 from ..errors import InputError, unknown
 from .base import Method
 
-METHODS = {"simclr": "SimCLR", "byol": "BYOL", "mae": "MAE"}  # file -> class
+METHODS = {  # name -> file:class
+    "simclr": "simclr:SimCLR", "byol": "byol:BYOL", "mae": "mae:MAE",
+}
 
 
 def get(name: str) -> type[Method]:
-    """The class of a method, by the name of its file or as `file:Class` for one of your own."""
-    return getattr(_module(name), name.rpartition(":")[2] if ":" in name else METHODS[name])
+    """The class of a method, by its name or as `file:Class` for one of your own."""
+    return getattr(_module(name), METHODS.get(name, name).rpartition(":")[2])
 
 
 def recipes(name: str) -> dict:
-    """The recipes of a method, "demo" first."""
-    return _module(name).RECIPES
+    """The recipes of a method, "demo" first. A file of two methods holds one dictionary for each."""
+    found = _module(name).RECIPES
+    return found.get(name, found)
 
 
 def _module(name: str):
     if ":" not in name:
         if name not in METHODS:
             unknown("method", name, METHODS)
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module("." + METHODS[name].partition(":")[0], __name__)
     place, _, cls = name.rpartition(":")
     path = Path(place if place.endswith(".py") else f"{place}.py")
     if not path.is_file():

@@ -1,5 +1,7 @@
 """The contract of a method. A method is one nn.Module in one file: backbone, heads, views, loss, hooks, recipes."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..optim import decay_groups
@@ -39,6 +41,13 @@ class Method(nn.Module):
 
     def before_epoch(self, run, epoch: int) -> None:
         """At the start of every epoch."""
+
+    def order(self, seed: int, epoch: int) -> Sequence[int] | None:
+        """Image numbers of an epoch in the order they come, as many as there are images; None: each once, shuffled.
+
+        Asked after `before_epoch`, also by a resumed run, so it must follow from (seed, epoch) and buffers alone and
+        be the same in every process.
+        """
 
     def before_step(self, progress: float) -> None:
         """After backward, before the optimizer's step. progress in (0, 1] counts optimizer steps."""

@@ -1,0 +1,73 @@
+"""LARS by hand, groups, and the learning rate as a function of the step."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sslnb import methods
+from sslnb.optim import LARS, build, decay_groups, lr_at, set_lr
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["vectors left alone", "vectors adapted, as in apex"])
+def test_lars_takes_the_steps_of_its_formula(vectors):
+    w, b = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([2.0]))
+    optimizer = LARS([{"params": [w, b], "adapt_vectors": vectors}], lr=0.5, weight_decay=0.1)
+    hand, speed = {w: [3.0, 4.0], b: [2.0]}, {w: [0.0, 0.0], b: [0.0]}
+    for gradients in ({w: [1.0, 0.0], b: [1.0]}, {w: [0.0, -2.0], b: [3.0]}):
+        for p, gradient in gradients.items():
+            p.grad = torch.tensor(gradient).view_as(p)
+            adapted = p is w or vectors
+            g = [d + 0.1 * x if adapted else d for d, x in zip(gradient, hand[p], strict=True)]
+            rho = 1e-3 * math.hypot(*hand[p]) / math.hypot(*g) if adapted else 1.0
+            speed[p] = [0.9 * v + rho * x for v, x in zip(speed[p], g, strict=True)]
+            hand[p] = [x - 0.5 * v for x, v in zip(hand[p], speed[p], strict=True)]
+        optimizer.step()
+    for p in (w, b):
+        assert p.detach().flatten().tolist() == pytest.approx(hand[p], rel=1e-5)
+
+
+def test_lars_with_a_zero_gradient_or_weight_is_a_plain_step():
+    zero = nn.Parameter(torch.zeros(2, 2))
+    zero.grad = torch.ones(2, 2)
+    LARS([zero], lr=0.5).step()
+    assert torch.allclose(zero, torch.full((2, 2), -0.5))
+
+
+def test_norms_and_biases_are_not_decayed():
+    layers = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    matrices, vectors = decay_groups(layers.named_parameters(), 0.1)
+    assert [p.ndim for p in matrices["params"]] == [2] and matrices["weight_decay"] == 0.1
+    assert [p.ndim for p in vectors["params"]] == [1, 1, 1] and vectors["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("settings, values", [
+    ({"warmup": 4}, {0: 0.0, 2: 0.5, 4: 1.0, 7: 0.5, 9: 0.5 * (1 + math.cos(math.pi * 5 / 6))}),
+    ({"warmup": 4, "warmup_from": 0.1}, {0: 0.1, 2: 0.55, 4: 1.0}),
+    ({"warmup": 0, "min_lr": 0.2}, {0: 1.0, 5: 0.6}),
+    ({"warmup": 0, "schedule": "step", "milestones": (3, 6)}, {2: 1.0, 3: 0.1, 6: 0.01}),
+    ({"warmup": 0, "schedule": "step", "milestones": (3,), "gamma": 0.4}, {2: 1.0, 3: 0.4}),
+    ({"warmup": 2, "schedule": "constant"}, {1: 0.5, 9: 1.0}),
+])
+def test_the_learning_rate_is_a_function_of_the_step(settings, values):
+    for step, value in values.items():
+        assert lr_at(step, lr=1.0, total=10, **settings) == pytest.approx(value)
+
+
+def test_a_recipe_counts_in_epochs_and_may_hold_the_rate_within_one():
+    recipe = methods.recipes("byol")["demo"].with_(lr=1.0, epochs=4, warmup_epochs=0)
+    assert recipe.lr_at(8, 4) == pytest.approx(0.5) and recipe.lr_at(10, 4) < recipe.lr_at(8, 4)
+    held = recipe.with_(lr_by_epoch=True)
+    assert [held.lr_at(s, 4) for s in (8, 9, 11)] == [recipe.lr_at(8, 4)] * 3 and held.lr_at(12, 4) == recipe.lr_at(12, 4)
+    steps = recipe.with_(schedule="step", milestones=(2,), gamma=0.4)
+    assert steps.lr_at(7, 4) == 1.0 and steps.lr_at(8, 4) == pytest.approx(0.4)
+
+
+def test_groups_may_scale_or_fix_their_rate():
+    recipe = methods.recipes("byol")["demo"].with_(optimizer="sgd")
+    tensors = [nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
+    groups = [{"params": [tensors[0]]}, {"params": [tensors[1]], "lr_scale": 10.0}, {"params": [tensors[2]], "fixed_lr": 0.3}]
+    optimizer = build(groups, recipe)
+    set_lr(optimizer, 0.01)
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.01, 0.1, 0.3])
