@@ -5,6 +5,7 @@ names, so what is trained here loads anywhere timm does.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError, unknown
@@ -20,8 +21,10 @@ MINI = {
 SMALL_IMAGE = 64  # up to this size a ResNet gets the 3x3 stem without pooling; 7x7/2 + pool would leave 2x2 maps
 
 
-def build(name: str, size: int, **arguments) -> nn.Module:
+def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Module:
     """A randomly initialised backbone for square images of `size` pixels; `arguments` go to timm.create_model.
+
+    `sobel` makes its first convolution see the two Sobel derivatives of the grey image instead of colours.
 
     ResNets for images of at most 64 px get the small-image stem (3x3 stride 1, no max-pool) that every published
     CIFAR number of these methods uses; ViTs get `img_size` and must be divisible by their patch.
@@ -39,9 +42,15 @@ def build(name: str, size: int, **arguments) -> nn.Module:
             raise InputError(f"size {size} cannot be cut into patches of {patch} px for {name}; "
                              f"use {size // patch * patch or patch} or another multiple of {patch}.")
         arguments["img_size"] = size
+    if sobel:
+        arguments["in_chans"] = 2
     model = timm.create_model(base, pretrained=False, **arguments)
     if size <= SMALL_IMAGE and isinstance(model, timm.models.ResNet):
         _small_image_stem(model)
+    if sobel:
+        if not hasattr(model, "conv1"):
+            raise InputError(f"sobel=True filters what goes into conv1, which {name} does not have; use a ResNet.")
+        model.conv1.register_forward_pre_hook(_sobel)  # a hook has no state: the state dict stays plain timm
     return model
 
 
@@ -62,9 +71,19 @@ def _small_image_stem(resnet: nn.Module) -> None:
     if isinstance(resnet.conv1, nn.Sequential):  # a deep stem is 3x3 already
         resnet.conv1[0].stride = (1, 1)
     else:
-        resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, stride=1, padding=1, bias=False)
+        old = resnet.conv1
+        resnet.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=False)
         nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
     resnet.maxpool = nn.Identity()
+
+
+def _sobel(conv1: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """(B, 3, H, W) -> (B, 2, H, W): grey = mean of the colours, zeros around it, then left minus right and above minus
+    below, each smoothed by 1 2 1 across. Sums of slices, not a convolution, which autocast would round."""
+    x = F.pad(inputs[0].mean(1), (1, 1, 1, 1))
+    down = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]
+    across = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
+    return torch.stack([down[..., :-2] - down[..., 2:], across[:, :-2] - across[:, 2:]], 1)
 
 
 POOLS = ("model", "mean", "cls")
@@ -79,6 +98,12 @@ def features(backbone: nn.Module, x: Tensor, pool: str = "model") -> Tensor:
     tokens = backbone.forward_features(x)  # B x (prefix + L) x D, after the final norm
     prefix = backbone.num_prefix_tokens
     return tokens[:, prefix:].mean(1) if pool == "mean" else tokens[:, 0]
+
+
+def cells(backbone: nn.Module, x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, S², D): the S x S cells of a ResNet's last map, or a ViT's patches, row by row."""
+    y = backbone.forward_features(x)
+    return y.flatten(2).transpose(1, 2) if y.ndim == 4 else y[:, backbone.num_prefix_tokens:]
 
 
 def encode_visible(vit: nn.Module, images: Tensor, keep: Tensor) -> Tensor:

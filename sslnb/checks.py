@@ -67,7 +67,8 @@ def _default_out(settings: dict) -> Path:
     """runs/byol-digits_scattered-… with a hash of all settings: the same command finds the same directory."""
     r = settings["recipe"]
     tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-    return Path("runs") / f"{Path(r['method']).stem}-{Path(r['data']).stem}-ep{r['epochs']}-seed{settings['seed']}-{tag}"
+    name = f"{Path(r['method']).stem}-{Path(r['data']).stem}-ep{r['epochs']}-seed{settings['seed']}-{tag}"
+    return Path("runs") / name
 
 
 def _claim(run: Run, settings: dict, resume: bool) -> None:
@@ -84,7 +85,8 @@ def _claim(run: Run, settings: dict, resume: bool) -> None:
         if not (run.path / "recipe.json").exists():
             write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
     except OSError as error:
-        raise InputError(f"out {str(run.path)!r} cannot be written ({error.strerror}); choose another folder.") from None
+        raise InputError(f"out {str(run.path)!r} cannot be written ({error.strerror}); choose another folder."
+                         ) from None
     old = run.settings
     changed = [f"{k}: {old['recipe'].get(k)} there, {v} now" for k, v in settings["recipe"].items()
                if old["recipe"].get(k) != v and k not in ("note", "published", "source", "sources")]

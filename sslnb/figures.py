@@ -165,12 +165,78 @@ def embedding(features: Tensor, labels: Tensor | None, classes: Sequence[str], t
     return fig
 
 
+def confusion(truth: Tensor, guess: Tensor, names: Sequence[str], title: str = "") -> Figure:
+    """How often each answer was given for each truth, in % of the row. truth, guess: (N,) numbers into `names`."""
+    n = len(names)
+    counts = torch.bincount(truth * n + guess, minlength=n * n).view(n, n)
+    percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    fig, ((ax,),) = _figure(1, 1, 0.5 * n + 2.6, 0.5 * n + 1.6, title)
+    shown = ax.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for row in range(n):
+        for column in range(n):
+            value = float(percent[row, column])
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", color="white" if value > 50 else "black")
+    ax.set_xticks(range(n), names)
+    ax.set_yticks(range(n), names)
+    ax.set(xlabel="answer", ylabel="truth")
+    fig.colorbar(shown, ax=ax, label="% of the row", shrink=0.85)
+    return fig
+
+
+def embeddings(features: Mapping[str, Tensor], labels: Tensor | None, classes: Sequence[str]) -> Figure:
+    """`embedding` for several features of the same images, side by side."""
+    from sklearn.manifold import TSNE
+
+    fig, (axes,) = _figure(1, len(features), 3.3 * len(features) + 1, 3.6, "The same images in the plane (t-SNE)")
+    for ax, (name, x) in zip(axes, features.items(), strict=True):
+        xy = TSNE(perplexity=min(30, len(x) // 4), init="pca", random_state=0).fit_transform(x.numpy())
+        of = np.zeros(len(x)) if labels is None else np.asarray(labels)
+        for c, label in enumerate(classes or ["images"]):
+            ax.scatter(*xy[of == c].T, s=10, alpha=0.7, color=COLORS[c % 8], marker=MARKERS[c % 10], label=label, lw=0)
+        ax.set_title(name, fontsize=10)
+        ax.set(xticks=[], yticks=[])
+    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
 def similarities(matrix: Tensor, title: str, xlabel: str = "", ylabel: str = "") -> Figure:
     """A matrix of cosine similarities; blue is opposite, white unrelated, red alike."""
     fig, ((ax,),) = _figure(1, 1, 4.6, 3.9, title)
     shown = ax.imshow(matrix.detach().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     fig.colorbar(shown, ax=ax, label="cosine similarity", shrink=0.85)
+    return fig
+
+
+def codes(matrices: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Named assignments (images x prototypes, rows sum to 1); below, what each prototype gets beside an equal share."""
+    fig, (above, below) = _figure(2, len(matrices), 2.6 * len(matrices) + 0.8, 4.2, title, height_ratios=(3, 1))
+    for assigned, sums, (name, q) in zip(above, below, matrices.items(), strict=True):
+        shown = assigned.imshow(q.detach(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        assigned.set_title(name, fontsize=9)
+        sums.bar(range(q.shape[1]), q.detach().sum(0), width=1.0, color=COLORS[0])
+        sums.axhline(len(q) / q.shape[1], color=COLORS[1], ls="--", label="equal share")
+        sums.set(xlim=(-0.5, q.shape[1] - 0.5), xlabel="prototype")
+    above[0].set_ylabel("image")
+    below[0].set_ylabel("images it gets")
+    below[0].legend(frameon=False, fontsize=8)
+    fig.colorbar(shown, ax=list(above), label="share of the image", shrink=0.9)
+    return fig
+
+
+def dictionary(similarity: Tensor, batch: int, title: str = "") -> Figure:
+    """MoCo's look-up, (n, 1 + K) cosines: one row per query, its own key at the left, then the queue from the newest
+    key to the oldest, `batch` of them per step."""
+    n, K = len(similarity), similarity.shape[1] - 1
+    fig, ((own, queue),) = _figure(1, 2, 9.5, 0.22 * n + 1.2, title, width_ratios=(1, 30))
+    for ax, part in ((own, similarity[:, :1]), (queue, similarity[:, 1:])):
+        shown = ax.imshow(part.detach(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+        ax.set_yticks(range(n) if ax is own else [])
+    own.set(xticks=[], ylabel="query")
+    own.set_title("own key", fontsize=9)
+    queue.set_xticks([x - 0.5 for x in range(0, K + 1, batch)], [f"{x // batch}" for x in range(0, K + 1, batch)])
+    queue.set(xlabel="age of the keys in the queue (steps)")
+    fig.colorbar(shown, ax=queue, label="cosine")
     return fig
 
 

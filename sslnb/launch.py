@@ -110,7 +110,8 @@ def launch(run: Run, processes: int) -> None:
     run.write_status(state="running", reason="")
     began = time.time()
     with (run.path / "launch.log").open("a") as log:
-        child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)
+        child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True,
+                                 start_new_session=True)
         try:
             for line in child.stdout:
                 print(line, end="", flush=True)
@@ -127,8 +128,8 @@ def launch(run: Run, processes: int) -> None:
     reason = errors[0]["text"] if errors else status.get("reason") or f"the processes ended with code {code}"
     state = "interrupted" if status.get("state") == "interrupted" else "failed"
     run.write_status(state=state, reason=reason)
-    raise RuntimeError(f"{run.path} ended at step {status.get('step', 0)} of {status.get('total')}: {reason}. Details are "
-                       f"in {run.path / 'launch.log'}; the same command continues from the last checkpoint.")
+    raise RuntimeError(f"{run.path} ended at step {status.get('step', 0)} of {status.get('total')}: {reason}. Details "
+                       f"are in {run.path / 'launch.log'}; the same command continues from the last checkpoint.")
 
 
 def accelerator(precision: str, trackers: Sequence[str], path: Path):

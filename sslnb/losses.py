@@ -29,3 +29,19 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 def regression(p: Tensor, z: Tensor) -> Tensor:
     """Mean of 2 − 2 cos(p, z): the squared distance of unit vectors (BYOL, arXiv 2006.07733, eq. 2). p, z: (n, d)."""
     return (2 - 2 * (normalized(p) * normalized(z)).sum(-1)).mean()
+
+
+@full_precision
+def look_up(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """Every query's similarity to its key and to all others in the dictionary, over τ (MoCo, arXiv 1911.05722, eq. 1).
+
+    q, k: (n, d), negatives: (K, d), unit vectors -> logits (n, 1 + K), the right key first. InfoNCE is the
+    cross-entropy of these logits for class 0.
+    """
+    return torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / temperature
+
+
+@full_precision
+def info_nce(logits: Tensor) -> Tensor:
+    """Cross-entropy of (n, 1 + K) logits whose first column is right (CPC, arXiv 1807.03748)."""
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))

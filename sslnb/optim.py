@@ -43,7 +43,7 @@ SCHEDULES = ("cosine", "step", "constant")
 
 
 def build(groups: list[dict], recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over parameter groups; a group may hold "lr_scale", or "fixed_lr" to ignore the schedule."""
+    """The recipe's optimizer over groups of parameters; one may hold "lr_scale", or "fixed_lr" to ignore the schedule."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "lars":
@@ -67,7 +67,8 @@ def lr_at(step: int, *, lr: float, total: int, warmup: int, warmup_from: float =
           min_lr: float = 0.0, milestones: tuple[int, ...] = (), gamma: float = 0.1) -> float:
     """Learning rate of optimizer step `step` (0 … total-1); all lengths are in optimizer steps.
 
-    Linear from `warmup_from` (a share of lr) to lr over `warmup`, then "cosine" to min_lr, "step" (times gamma at each milestone) or "constant".
+    Linear from `warmup_from` (a share of lr) to lr over `warmup`, then "cosine" to min_lr, "step" (times gamma at each
+    milestone) or "constant".
     The cosine starts AFTER the warm-up as in the official codes; OpenMMLab's runs under it and peaks lower.
     """
     if step < warmup:

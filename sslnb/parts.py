@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import InputError
+
 
 def world() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without a process group."""
@@ -80,6 +82,19 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x if world()[1] == 1 else _Sum.apply(x)
 
 
+def share(x: Tensor) -> Tensor:
+    """This process's part of rows that all processes hold: what `gather` joined, taken apart again."""
+    rank, size = world()
+    return x.tensor_split(size)[rank]
+
+
+def agreed(x: Tensor) -> Tensor:
+    """x as process 0 has it. For choices: a sum may differ between processes in its last digit, an argmax altogether."""
+    if world()[1] > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
 # ---------------------------------------------------------------- batch norm over all processes
 
 
@@ -128,6 +143,76 @@ def sync_batchnorm(module: nn.Module, cuda: bool) -> nn.Module:
     return module
 
 
+# ---------------------------------------------------------------- batch norm over a few images, and shuffling (MoCo)
+
+
+class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over groups of at most `images` images of a batch: one process does what several GPUs would.
+
+    Made from a batch norm whose parameters and statistics it takes over, so the state dict stays the same. The running
+    statistics move once per batch, by the mean over its groups.
+    """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, images: int):
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self.images, self.weight, self.bias = images, norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.tensor_split(-(-len(x) // self.images))
+        if not self.training or len(groups) == 1:
+            return super().forward(x)
+        running = self.running_mean, self.running_var
+        found = [[torch.zeros_like(r) for r in running] for _ in groups]  # momentum 1.0 replaces these zeros
+        y = torch.cat([F.batch_norm(group, *statistics, self.weight, self.bias, True, 1.0, self.eps)
+                       for group, statistics in zip(groups, found, strict=True)])
+        self.num_batches_tracked += 1
+        part = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        for old, new in zip(running, zip(*found, strict=True), strict=True):
+            old.lerp_(torch.stack(new).mean(0), part)
+        return y
+
+
+def split_batchnorm(module: nn.Module, images: int) -> nn.Module:
+    """Turn every batch norm below `module` into one over groups of `images` images."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(module, name, SplitBatchNorm(child, images).train(child.training))
+        else:
+            split_batchnorm(child, images)
+    return module
+
+
+@torch.no_grad()
+def average_statistics(module: nn.Module) -> None:
+    """Running statistics averaged over processes: evaluation must not depend on which process wrote the checkpoint."""
+    if world()[1] == 1:
+        return
+    statistics = [b for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+                  for b in (m.running_mean, m.running_var)]
+    mean = sum_over_processes(torch.cat(statistics)) / world()[1]  # one message for all layers
+    for b, new in zip(statistics, mean.split([len(b) for b in statistics]), strict=True):
+        b.data.copy_(new)  # unseen by autograd, which guards what forward was given though backward never reads it
+
+
+@torch.no_grad()
+def shuffle(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Deal the rows of all processes anew: (n, ...) -> n other rows, and the order (N,) that `unshuffle` needs."""
+    order = torch.randperm(len(x) * world()[1])  # drawn on the CPU, whose random state a resumed run gets back
+    order = agreed(order.to(x.device))
+    return gather(x)[share(order)], order
+
+
+@torch.no_grad()
+def unshuffle(x: Tensor, order: Tensor) -> Tensor:
+    """What became of the shuffled rows, (n, ...), back in this process and in their old places."""
+    return gather(x)[share(order.argsort())]
+
+
 # ---------------------------------------------------------------- networks
 
 
@@ -164,3 +249,53 @@ def cosine_to_one(start: float, progress: float) -> float:
 def normalized(x: Tensor) -> Tensor:
     """x / ‖x‖ along the last axis."""
     return F.normalize(x, dim=-1)
+
+
+class MemoryBank(nn.Module):
+    """One unit vector per image: what the network said when it last saw it. The same in all processes.
+
+        vᵢ ← m vᵢ + (1 − m) fᵢ, put back on the unit sphere
+    """
+
+    def __init__(self, images: int, dim: int, momentum: float):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("vectors", normalized(torch.randn(images, dim)))
+
+    @full_precision
+    @torch.no_grad()
+    def update(self, index: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in f (n, d) of the images `index` (n,); returns the numbers and new vectors of ALL processes."""
+        index, f = gather(index), gather(f)
+        new = normalized(self.vectors[index].lerp(f, 1 - self.momentum))
+        # Of an image that is there twice the last one counts: left to itself a GPU would take either.
+        last = ((index[:, None] == index) * torch.arange(len(index), device=index.device)).amax(1)
+        self.vectors[index] = new[last]
+        return index, new[last]
+
+
+class Queue(nn.Module):
+    """A dictionary of the newest `size` keys, first in, first out, the same in all processes. Starts with random keys.
+
+    The size is a whole number of global batches, so that a batch enters and leaves as one.
+    """
+
+    def __init__(self, dim: int, size: int):
+        super().__init__()
+        self.register_buffer("keys", normalized(torch.randn(size, dim)))  # float32, whatever the precision
+        self.register_buffer("place", torch.zeros((), dtype=torch.long))  # of the oldest key, the next to go
+
+    def forward(self) -> Tensor:
+        """All keys (size, dim) as they are now; a copy, for `enqueue` may come before backward."""
+        return self.keys.clone()
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """The keys (n, dim) of every process take the place of the oldest ones, in the order of the processes."""
+        keys, size = gather(keys.float()), len(self.keys)
+        if size % len(keys):
+            raise InputError(f"A queue of {size} keys is no multiple of the total batch of {len(keys)}; "
+                             f"use queue={-(-size // len(keys)) * len(keys)}, or another batch.")
+        places = (self.place + torch.arange(len(keys), device=keys.device)) % size
+        self.keys.index_copy_(0, places, keys)
+        self.place.add_(len(keys)).remainder_(size)

@@ -1,4 +1,4 @@
-"""Recipe: every number of a run, in one frozen object beside its method. Names and total batch are derived, never typed."""
+"""Recipe: every number of a run, in one frozen object beside its method. Name and total batch are derived, never typed."""
 
 import dataclasses
 import inspect
@@ -99,7 +99,7 @@ class Recipe:
         steps = images // (self.gpus * self.batch) // self.accum
         if steps < 1:
             raise InputError(f"The batch is larger than the data: {self.gpus} x {self.batch} x {self.accum} = "
-                             f"{self.total_batch} images per step, but there are only {images}; choose a smaller batch.")
+                             f"{self.total_batch} images per step, but there are only {images}; choose a smaller one.")
         return steps
 
     def lr_at(self, step: int, per_epoch: int) -> float:
@@ -108,9 +108,9 @@ class Recipe:
 
         if self.lr_by_epoch:  # the official codes of MoCo and SimSiam set it once per epoch
             step -= step % per_epoch
-        return optim.lr_at(step, lr=self.lr, total=self.epochs * per_epoch, warmup=round(self.warmup_epochs * per_epoch),
-                           warmup_from=self.warmup_from, schedule=self.schedule, min_lr=self.min_lr, gamma=self.gamma,
-                           milestones=tuple(m * per_epoch for m in self.milestones))
+        return optim.lr_at(step, lr=self.lr, total=self.epochs * per_epoch, min_lr=self.min_lr, schedule=self.schedule,
+                           warmup=round(self.warmup_epochs * per_epoch), warmup_from=self.warmup_from,
+                           milestones=tuple(m * per_epoch for m in self.milestones), gamma=self.gamma)
 
     def source_of(self, name: str) -> str:
         return self.sources.get(name, self.source)

@@ -249,10 +249,10 @@ def environment() -> dict[str, Any]:
         return done.stdout.strip()
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    commit = git("rev-parse", "--short", "HEAD")
+    commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain")
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"), "command": sys.argv,
         "versions": versions(),
-        "git": f"{commit} with local changes" if commit and git("status", "--porcelain") else commit or "not a checkout",
+        "git": (commit + " with local changes" * bool(changed)) if commit else "not a checkout",
         "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads" + (f", {gpus}" if gpus else ""),
     }

@@ -1,4 +1,4 @@
-"""pretrain(): the one loop, on Accelerate. In the kernel for one process, through torchrun for more; nothing else differs.
+"""pretrain(): the one loop, on Accelerate. In the kernel for one process, through torchrun for more, otherwise the same.
 
     python -m torch.distributed.run --nproc_per_node 8 -m sslnb.train RUN_DIR      what pretrain(processes=8) starts
 """

@@ -117,6 +117,45 @@ class HorizontalFlip(ImageOp):
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.p else image
 
 
+@dataclass(frozen=True)
+class RandomRotation(ImageOp):
+    """Turn about the centre by up to `degrees` either way, nearest pixel; the corners turn black."""
+
+    degrees: float
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        return image.rotate(rng.uniform(-self.degrees, self.degrees)) if self.degrees else image
+
+
+@dataclass(frozen=True)
+class PatchGrid(ImageOp):
+    """A square of 3 x 3 cells at a random place, and of each cell a patch at a random place: relative location's nine.
+
+    A cell is `gap` pixels wider than a patch, so neighbours lie 0 to 2 x `gap` apart. The patches come back side by
+    side as ONE picture of 3 x `patch` pixels: what stage two draws for an image, all nine of them share.
+    """
+
+    patch: int
+    gap: int
+
+    def boxes(self, width: int, height: int, rng: random.Random) -> list[tuple[int, int, int, int]]:
+        """Draw the nine (left, top, right, bottom), row by row."""
+        cell = self.patch + self.gap
+        if min(width, height) < 3 * cell:
+            raise InputError(f"Nine patches of {self.patch} px with gaps of {self.gap} need an image of {3 * cell} px, "
+                             f"and this one has {min(width, height)}; make them smaller, or the image larger.")
+        left, top = rng.randint(0, width - 3 * cell), rng.randint(0, height - 3 * cell)
+        corners = [(left + c * cell + rng.randint(0, self.gap), top + r * cell + rng.randint(0, self.gap))
+                   for r in range(3) for c in range(3)]
+        return [(x, y, x + self.patch, y + self.patch) for x, y in corners]
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        mosaic = Image.new("RGB", (3 * self.patch, 3 * self.patch))
+        for place, box in enumerate(self.boxes(*image.size, rng)):
+            mosaic.paste(image.crop(box), (place % 3 * self.patch, place // 3 * self.patch))
+        return mosaic
+
+
 # ---------------------------------------------------------------- stage two: photometry, the whole batch at once
 
 

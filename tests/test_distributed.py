@@ -126,7 +126,7 @@ def test_batch_norm_over_processes_is_batch_norm_of_the_whole(tmp_path):
 
 @pytest.fixture
 def recipe():
-    """Small steps of SGD: AdamW divides by gradients that are nearly zero, big steps are chaotic; both blow up rounding."""
+    """Small steps of SGD: AdamW divides by gradients that are nearly zero, big steps are chaotic; both blow rounding up."""
     return methods.recipes("simclr")["demo"].with_(epochs=2, batch=320, optimizer="sgd", lr=1e-5, warmup_epochs=0)
 
 

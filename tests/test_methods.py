@@ -71,12 +71,17 @@ def test_the_same_seed_gives_the_same_loss(recipe):
 
 
 def test_the_loss_falls_on_eight_images(recipe):
+    if "queue" in recipe.numbers:  # at 0.2 the 640 random keys alone cost 1.83 of the 2.04 that mocov2 begins with
+        recipe = recipe.with_(temperature=0.1)
     method = recipe.build()
     views = some_views(method, recipe)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 2e-3)
+    queues = {name: b.clone() for name, b in method.named_buffers() if "queue" in name}
     losses = []
     for step in range(30):
         torch.manual_seed(0)  # the same masks
+        for name, keys in queues.items():  # and the same negatives: a queue of these eight images alone is ever harder
+            method.get_buffer(name).copy_(keys)
         loss = method(views)["loss"]
         optimizer.zero_grad()
         loss.backward()

@@ -59,7 +59,8 @@ def test_a_recipe_counts_in_epochs_and_may_hold_the_rate_within_one():
     recipe = methods.recipes("byol")["demo"].with_(lr=1.0, epochs=4, warmup_epochs=0)
     assert recipe.lr_at(8, 4) == pytest.approx(0.5) and recipe.lr_at(10, 4) < recipe.lr_at(8, 4)
     held = recipe.with_(lr_by_epoch=True)
-    assert [held.lr_at(s, 4) for s in (8, 9, 11)] == [recipe.lr_at(8, 4)] * 3 and held.lr_at(12, 4) == recipe.lr_at(12, 4)
+    assert [held.lr_at(s, 4) for s in (8, 9, 11)] == [recipe.lr_at(8, 4)] * 3
+    assert held.lr_at(12, 4) == recipe.lr_at(12, 4)
     steps = recipe.with_(schedule="step", milestones=(2,), gamma=0.4)
     assert steps.lr_at(7, 4) == 1.0 and steps.lr_at(8, 4) == pytest.approx(0.4)
 
@@ -67,7 +68,7 @@ def test_a_recipe_counts_in_epochs_and_may_hold_the_rate_within_one():
 def test_groups_may_scale_or_fix_their_rate():
     recipe = methods.recipes("byol")["demo"].with_(optimizer="sgd")
     tensors = [nn.Parameter(torch.zeros(2, 2)) for _ in range(3)]
-    groups = [{"params": [tensors[0]]}, {"params": [tensors[1]], "lr_scale": 10.0}, {"params": [tensors[2]], "fixed_lr": 0.3}]
-    optimizer = build(groups, recipe)
+    optimizer = build([{"params": [tensors[0]]}, {"params": [tensors[1]], "lr_scale": 10.0},
+                       {"params": [tensors[2]], "fixed_lr": 0.3}], recipe)
     set_lr(optimizer, 0.01)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.01, 0.1, 0.3])

@@ -19,10 +19,15 @@ def test_the_zoo_rows_of_these_methods_are_there():
         "r50_8xb64_accu8_cos_lr4_8_fp16_ep300", "vit_base_dec8_dim512_8xb128_accu4_cos_fp16_ep400"}
 
 
+# The zoo counts pictures here: its loader takes 16 images, each of which is shown in four rotations.
+BATCH_OF_A_LYING_NAME = {("rotation", "r50_8xb64_step_ep70"): 16}
+
+
 @pytest.mark.parametrize("method, name", ZOO)
 def test_a_recipe_is_what_its_zoo_name_says(method, name):
     r = methods.recipes(method)[name]
     gpus, batch = map(int, re.search(r"(\d+)xb(\d+)", name).groups())
+    batch = BATCH_OF_A_LYING_NAME.get((method, name), batch)
     assert (r.gpus, r.batch) == (gpus, batch)
     assert r.accum == int((re.search(r"accu(\d+)", name) or [0, 1])[1])
     if epochs := re.search(r"ep(\d+)", name):

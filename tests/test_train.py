@@ -51,14 +51,13 @@ def train_until(run, step):
 # ---------------------------------------------------------------- resume
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method, workers", [*((m, 0) for m in METHODS), ("simclr", 2), ("byol", 2), ("mae", 2)])
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_path, method, workers):
     recipe = tiny(method)
     whole = pretrain(recipe, out=tmp_path / "whole", workers=workers)
     total = whole.status()["total"]
     broken = prepare(recipe, out=tmp_path / "broken", workers=workers)
-    for step in (1, total // 2, total // 2 + 1, total - 1):  # the first, at the end of an epoch, inside one, the last but one
+    for step in (1, total // 2, total // 2 + 1, total - 1):  # first, end of an epoch, inside one, last but one
         train_until(broken, step)
         assert broken.status()["state"] == "interrupted" and broken.status()["step"] == step
         torch.manual_seed(12345)  # another process would not have our random state
@@ -229,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_batch(tiny, tmp_path
         trainer.fit(Stop())
     trainer.close()
     saved = torch.load(next(run.path.glob("nonfinite*")), weights_only=True)
-    assert saved["step"] == 2 and saved["terms"] == ["loss"] and len(saved["index"][0]) == 320
+    assert saved["step"] == 2 and saved["terms"] == ["loss"] and len(saved["index"][0]) == 32
     assert all(torch.equal(a, b) for a, b in zip(saved["views"][0], seen[2], strict=True))
     assert not run.checkpoints(), "bad weights are not kept"
 

@@ -27,7 +27,8 @@ def masked_psnr(run, images, *, limit: int = 1000, batch: int = 250, seed: int =
     """
     method = run.method()
     if not hasattr(method, "reconstruct"):
-        raise InputError(f"{run.recipe.method} paints no pixels, so there is nothing to measure; use a masked-image run.")
+        raise InputError(f"{run.recipe.method} paints no pixels, so there is nothing to measure; use the run of a "
+                         "masked-image method.")
     if method.norm_pix:
         raise InputError("This run predicts standardised patches (norm_pix); their PSNR would borrow brightness and "
                          "contrast from the hidden truth. Measure a run with norm_pix=False.")

@@ -8,8 +8,22 @@ from pathlib import Path
 from ..errors import InputError, unknown
 from .base import Method
 
-METHODS = {  # name -> file:class
-    "simclr": "simclr:SimCLR", "byol": "byol:BYOL", "mae": "mae:MAE",
+METHODS = {  # name -> file:class, in the order of their years
+    "relative_loc": "relative_loc:RelativeLoc",
+    "rotation": "rotation:Rotation",
+    "deepcluster": "deepcluster:DeepCluster",
+    "npid": "npid:NPID",
+    "odc": "odc:ODC",
+    "mocov1": "moco:MoCoV1",
+    "simclr": "simclr:SimCLR",
+    "mocov2": "moco:MoCoV2",
+    "byol": "byol:BYOL",
+    "swav": "swav:SwAV",
+    "densecl": "densecl:DenseCL",
+    "simsiam": "simsiam:SimSiam",
+    "barlowtwins": "barlowtwins:BarlowTwins",
+    "mocov3": "mocov3:MoCoV3",
+    "mae": "mae:MAE",
 }
 
 
