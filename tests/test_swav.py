@@ -146,7 +146,8 @@ def test_crops_of_one_size_share_a_forward_and_keep_their_order():
     assert torch.allclose(z.norm(dim=-1), torch.ones(4, 4), atol=1e-6)
     alone = method.eval().embed(views)
     for v, x in enumerate(views):  # in eval mode a crop does not depend on the others
-        assert torch.allclose(alone[:, v], nn.functional.normalize(method.projector(method.backbone(x)), dim=1), atol=1e-6)
+        one = nn.functional.normalize(method.projector(method.backbone(x)), dim=1)
+        assert torch.allclose(alone[:, v], one, atol=1e-6)
 
 
 def test_the_zoos_views_are_two_large_and_six_small_crops():
@@ -235,7 +236,8 @@ def test_the_zoos_row_is_the_real_model():
         method = ZOO.build()
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()}
     assert counts == {"backbone": 23_508_032, "projector": 4_462_720, "prototypes": 384_000}
-    assert method.queue.shape == (3840, 2, 128) and (method.temperature, method.epsilon, method.iterations) == (0.1, 0.05, 3)
+    assert method.queue.shape == (3840, 2, 128)
+    assert (method.temperature, method.epsilon, method.iterations) == (0.1, 0.05, 3)
     assert (method.freeze_prototypes, method.queue_from) == (1, 15)
     steps = 1_281_167 // 512 // 8
     assert ZOO.total_batch == 4096 and ZOO.steps_per_epoch(1_281_167) == steps == 312
@@ -246,8 +248,8 @@ def test_the_zoos_row_is_the_real_model():
 
 def test_the_real_backbone_starts_with_its_residual_branches_on():
     """LARS does not adapt a tensor that is zero, and this recipe excludes none: it would get the bare lr of 9.6."""
-    backbone = methods.recipes("swav")["demo"].with_(backbone="resnet18", backbone_numbers=ZOO.backbone_numbers).build().backbone
-    assert all((m.weight == 1).all() for m in backbone.modules() if isinstance(m, nn.BatchNorm2d))
+    recipe = methods.recipes("swav")["demo"].with_(backbone="resnet18", backbone_numbers=ZOO.backbone_numbers)
+    assert all((m.weight == 1).all() for m in recipe.build().backbone.modules() if isinstance(m, nn.BatchNorm2d))
 
 
 def test_lars_adapts_and_decays_everything():

@@ -102,6 +102,9 @@ class DeepCluster(Method):
         """Every cluster equally often: else predicting the largest one always would be a good solution."""
         return evenly(self.labels, draw_seed(seed, epoch, -2)) if self.uniform else None
 
+    def snapshot(self, views: list[Tensor]) -> dict[str, Tensor]:
+        return {"labels": self.labels}
+
     def param_groups(self, recipe) -> list[dict]:
         """Weight decay on everything; no momentum for the head, which would push the new one with the old one's."""
         return [{"params": list(self.backbone.parameters()), "weight_decay": recipe.weight_decay},
