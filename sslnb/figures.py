@@ -208,6 +208,18 @@ def similarities(matrix: Tensor, title: str, xlabel: str = "", ylabel: str = "")
     return fig
 
 
+def correlations(matrices: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Cross-correlation matrices of outputs side by side: blue is opposite, white unrelated, red alike."""
+    fig, (axes,) = _figure(1, len(matrices), 3.1 * len(matrices) + 1.2, 3.6, title)
+    for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
+        shown = ax.imshow(matrix.detach().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("output for view 2")
+    axes[0].set_ylabel("output for view 1")
+    fig.colorbar(shown, ax=list(axes), label="correlation", shrink=0.8)
+    return fig
+
+
 def codes(matrices: Mapping[str, Tensor], title: str = "") -> Figure:
     """Named assignments (images x prototypes, rows sum to 1); below, what each prototype gets beside an equal share."""
     fig, (above, below) = _figure(2, len(matrices), 2.6 * len(matrices) + 0.8, 4.2, title, height_ratios=(3, 1))

@@ -80,7 +80,7 @@ def test_the_loss_is_the_mean_cross_entropy_with_the_labels_of_the_images():
     for row, i in zip(logits, index.tolist(), strict=True):
         total -= math.log(math.exp(row[method.labels[i]]) / sum(math.exp(v) for v in row))
     out = method(views, index)
-    assert out["loss"].item() == pytest.approx(total / 4, rel=1e-4) and out["h"].shape == (4, 128)
+    assert out["loss"].item() == pytest.approx(total / 4, rel=1e-4) and out["h"].shape == (4, 64)
 
 
 def test_a_new_head_knows_nothing():

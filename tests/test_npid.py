@@ -1,6 +1,8 @@
 """NPID: the memory bank, the sampled softmax and its hand-made gradient, and the zoo's rows."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,7 +67,7 @@ def test_the_loss_is_the_papers_softmax_over_the_image_and_its_negatives():
     v = method.bank.vectors.tolist()
     for b in range(3):
         def e(i, b=b):
-            return math.exp(sum(x * y for x, y in zip(v[i], f[b].tolist())) / 0.2)
+            return math.exp(sum(x * y for x, y in zip(v[i], f[b].tolist(), strict=True)) / 0.2)
         expected = -math.log(e(index[b]) / (e(index[b]) + sum(e(j) for j in others[b].tolist())))
         assert loss[b].item() == pytest.approx(expected, rel=1e-4)
 
@@ -76,7 +78,8 @@ def test_value_and_gradient_are_autograds_whatever_the_chunk(chunk, monkeypatch)
     f = normalized(torch.randn(6, 5)).requires_grad_()
     bank, entries, weight = normalized(torch.randn(12, 5)), torch.randint(12, (6, 8)), torch.rand(6)
     ours = npid.SampledSoftmax.apply(f, bank, entries, 0.07)
-    plain = F.cross_entropy((bank[entries] * f[:, None]).sum(-1) / 0.07, torch.zeros(6, dtype=torch.long), reduction="none")
+    logits = (bank[entries] * f[:, None]).sum(-1) / 0.07
+    plain = F.cross_entropy(logits, torch.zeros(6, dtype=torch.long), reduction="none")
     assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
     a, b = (torch.autograd.grad((weight * loss).sum(), f)[0] for loss in (ours, plain))
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) and a.abs().sum() > 0
@@ -223,3 +226,30 @@ def test_views_are_the_papers():
     assert view.image_ops[0].pixels == 0
     assert view.image_ops[1].scale == (0.2, 1.0) and view.image_ops[1].interpolation == "bilinear"
     assert vars(view.batch_ops[1]) == {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.4, "p": 1.0}
+
+
+# ---------------------------------------------------------------- at full size
+
+
+MEASURE = """
+import resource, torch
+from sslnb.methods.npid import SampledSoftmax
+from sslnb.parts import MemoryBank
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+start = peak()
+bank = MemoryBank(1_281_167, 128, 0.5)
+built = peak()
+f = torch.nn.functional.normalize(torch.randn(64, 128)).requires_grad_()
+bank.update(torch.randint(1_281_167, (64,)), f)
+SampledSoftmax.apply(f, bank.vectors, torch.randint(1_281_167, (64, 65_537)), 0.07).mean().backward()
+print(built - start, peak() - start)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_at_imagenets_size():
+    """The bank is 0.66 GB, twice that while it is drawn; the 2.1 GB of negatives are never there together."""
+    printed = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
+    built, peak = map(float, printed.split())
+    assert 0.65 < built < 1.5 and peak < 1.9, printed

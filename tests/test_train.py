@@ -142,7 +142,7 @@ class Counting(methods.get("byol")):
 
 def test_hooks_count_optimizer_steps_not_micro_batches(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("sslnb.methods.byol.BYOL", Counting)
-    run = prepare(tiny("byol", batch=80, accum=4), out=tmp_path / "run")
+    run = prepare(tiny("byol", batch=8, accum=4), out=tmp_path / "run")
     trainer = Trainer(run)
     trainer.fit(Stop())
     trainer.close()
@@ -317,7 +317,7 @@ def test_a_signal_saves_and_marks_the_run_interrupted(tmp_path, number, code):
     ({}, {"precision": "fp16"}, "needs a GPU"),
     ({}, {"precision": "half"}, "Unknown precision 'half'"),
     ({}, {"trackers": ("tensorbord",)}, "did you mean 'tensorboard'"),
-    ({"accum": 4, "batch": 64}, {}, "must not accumulate"),
+    ({"accum": 2, "batch": 32}, {}, "must not accumulate"),
     ({"crop": (0.3, 1.0), "backbone": "resnet19"}, {}, "Unknown backbone"),
 ])
 def test_bad_calls_fail_before_any_work(tiny, tmp_path, changes, call, words):

@@ -97,8 +97,8 @@ _imagenet = Recipe(
 RECIPES = {
     "demo": Recipe(
         method="barlowtwins", backbone="resnet_mini", size=20, data="digits_scattered", batch=128, epochs=60,
-        warmup_epochs=3, optimizer="adamw", lr=2e-3, weight_decay=1e-4,
-        numbers={"lambd": 0.02, "hidden_dim": 256, "dim": 128, "vector_lr": 1.0, "pad": 2, "crop": (0.7, 1.0),
+        warmup_epochs=3, optimizer="adamw", lr=5e-3, weight_decay=1e-4,
+        numbers={"lambd": 0.02, "hidden_dim": 256, "dim": 128, "vector_lr": 1.0, "pad": 2, "crop": (0.5, 1.0),
                  "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0, "blur": (0.0, 0.0), "solarize": (0.0, 0.0)},
         source="ours"),
     "r50_8xb64_accu4_cos_lr1_6_ep300": _imagenet.with_(

@@ -114,10 +114,10 @@ _imagenet = Recipe(
 
 RECIPES = {
     "demo": Recipe(
-        method="densecl", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=40,
-        warmup_epochs=2, optimizer="adamw", lr=5e-3, weight_decay=1e-4,
-        numbers={"queue": 640, "momentum": 0.9, "hidden_dim": 256, "dim": 64, "bn_images": 8, "crop": (0.5, 1.0),
-                 "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0, "blur": 0.0},
+        method="densecl", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=30,
+        warmup_epochs=2, optimizer="adamw", lr=2e-3, weight_decay=1e-4,
+        numbers={"temperature": 0.1, "queue": 640, "momentum": 0.99, "hidden_dim": 256, "dim": 64, "bn_images": 8,
+                 "crop": (0.5, 1.0), "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0, "blur": 0.0},
         source="ours"),
     "r50_4xb64_cos": _imagenet.with_(
         published={"linear, MoCo protocol": 63.62},

@@ -126,10 +126,10 @@ _imagenet = Recipe(
 RECIPES = {
     "mocov1": {
         "demo": Recipe(
-            method="mocov1", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=40,
-            warmup_epochs=2, optimizer="adamw", lr=5e-3, weight_decay=1e-4,
-            numbers={"temperature": 0.1, "queue": 640, "momentum": 0.9, "dim": 64, "bn_images": 8, "crop": (0.5, 1.0),
-                     "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0},
+            method="mocov1", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=30,
+            warmup_epochs=2, optimizer="adamw", lr=2e-3, weight_decay=1e-4,
+            numbers={"queue": 640, "momentum": 0.99, "dim": 64, "bn_images": 8, "pad": 2,
+                     "crop": (0.7, 1.0), "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0},
             source="ours"),
         "r50_4xb64_step_ep200": _imagenet.with_(
             method="mocov1", schedule="step", milestones=(120, 160), published={"linear, MoCo protocol": 61.02},
@@ -137,10 +137,10 @@ RECIPES = {
     },
     "mocov2": {
         "demo": Recipe(
-            method="mocov2", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=40,
-            warmup_epochs=2, optimizer="adamw", lr=5e-3, weight_decay=1e-4,
-            numbers={"hidden_dim": 256, "temperature": 0.2, "queue": 640, "momentum": 0.9, "dim": 64, "bn_images": 8,
-                     "crop": (0.5, 1.0), "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0, "blur": 0.0},
+            method="mocov2", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=30,
+            warmup_epochs=2, optimizer="adamw", lr=2e-3, weight_decay=1e-4,
+            numbers={"hidden_dim": 256, "temperature": 0.07, "queue": 640, "momentum": 0.99, "dim": 64, "bn_images": 8,
+                     "pad": 2, "crop": (0.7, 1.0), "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0, "blur": 0.0},
             source="ours"),
         "r50_4xb64_cos": _imagenet.with_(
             published={"linear, MoCo protocol": 67.69}, note="The published checkpoint ran as 8 x 32 images."),

