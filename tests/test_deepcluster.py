@@ -208,7 +208,7 @@ def test_rotation_is_torchvisions():
 
 
 @pytest.mark.parametrize("numbers, words", [
-    ({"clusters": 1301}, "1301 clusters of 1300 images"), ({"pca": 129}, "129 principal components of 128 features")])
+    ({"clusters": 1301}, "1301 clusters of 1300 images"), ({"pca": 65}, "65 principal components of 64 features")])
 def test_impossible_numbers_are_refused_before_any_work(numbers, words):
     with pytest.raises(InputError, match=words):
         DEMO.with_(**numbers).build()

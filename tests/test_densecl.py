@@ -30,7 +30,7 @@ def views():
 def test_cells_of_a_resnet_come_row_by_row_and_their_mean_is_what_is_evaluated():
     backbone, x = backbones.build("resnet_mini", 20).eval(), torch.randn(2, 3, 20, 20)
     y, mapped = cells(backbone, x), backbone.forward_features(x)
-    assert y.shape == (2, 25, 128) and torch.equal(y[1, 5 * 3 + 1], mapped[1, :, 3, 1])
+    assert y.shape == (2, 25, 64) and torch.equal(y[1, 5 * 3 + 1], mapped[1, :, 3, 1])
     assert torch.allclose(y.mean(1), backbone(x), atol=1e-6)
 
 
