@@ -53,6 +53,12 @@ def test_joint_embedding_beats_its_start_by_20_points(method, steps, tmp_path):
     clearly_above(found["trained linear"], found["raw pixels linear"], by=20)
 
 
+@pytest.mark.parametrize("method", ["deepcluster", "npid", "mocov1", "mocov2", "simsiam"])
+def test_contrast_and_clustering_beat_their_start_by_20_points(method, tmp_path):
+    found = results(method, tmp_path)
+    clearly_above(found["trained knn"], found["random initialisation knn"], by=20)
+
+
 def test_mae_beats_its_start_by_15_points_and_the_mean_by_5_decibel(tmp_path):
     recipe = methods.recipes("mae")["demo"]
     assert recipe.epochs * recipe.steps_per_epoch(5000) == 800
