@@ -18,7 +18,7 @@ from sslnb.methods import mae, npid
 
 pytestmark = pytest.mark.distributed
 METHODS = list(methods.METHODS)
-N = 16  # images in the global batch
+N = 32  # images in the global batch: 4 processes have 8 each, one batch-norm group of the MoCo demos
 
 
 def connect(rank, world, store):
