@@ -199,24 +199,17 @@ def embeddings(features: Mapping[str, Tensor], labels: Tensor | None, classes: S
     return fig
 
 
-def similarities(matrix: Tensor, title: str, xlabel: str = "", ylabel: str = "") -> Figure:
-    """A matrix of cosine similarities; blue is opposite, white unrelated, red alike."""
-    fig, ((ax,),) = _figure(1, 1, 4.6, 3.9, title)
-    shown = ax.imshow(matrix.detach().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    fig.colorbar(shown, ax=ax, label="cosine similarity", shrink=0.85)
-    return fig
-
-
-def correlations(matrices: Mapping[str, Tensor], title: str = "") -> Figure:
-    """Cross-correlation matrices of outputs side by side: blue is opposite, white unrelated, red alike."""
-    fig, (axes,) = _figure(1, len(matrices), 3.1 * len(matrices) + 1.2, 3.6, title)
-    for ax, (name, matrix) in zip(axes, matrices.items(), strict=True):
+def similarities(matrices: Tensor | Mapping[str, Tensor], title: str, xlabel: str = "", ylabel: str = "",
+                 label: str = "cosine similarity") -> Figure:
+    """A matrix of cosines or correlations, or named ones side by side: blue is opposite, white unrelated, red alike."""
+    named = {"": matrices} if isinstance(matrices, Tensor) else matrices
+    fig, (axes,) = _figure(1, len(named), 3.1 * len(named) + 1.3, 3.8, title)
+    for ax, (name, matrix) in zip(axes, named.items(), strict=True):
         shown = ax.imshow(matrix.detach().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
         ax.set_title(name, fontsize=10)
-        ax.set_xlabel("output for view 2")
-    axes[0].set_ylabel("output for view 1")
-    fig.colorbar(shown, ax=list(axes), label="correlation", shrink=0.8)
+        ax.set_xlabel(xlabel)
+    axes[0].set_ylabel(ylabel)
+    fig.colorbar(shown, ax=list(axes), label=label, shrink=0.85)
     return fig
 
 

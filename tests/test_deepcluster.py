@@ -39,7 +39,7 @@ def test_sobel_is_the_two_kernels_on_the_mean_of_the_colours():
     x = torch.randn(3, 3, 9, 7)
     kernels = torch.tensor([[[1.0, 0, -1], [2, 0, -2], [1, 0, -1]], [[1, 2, 1], [0, 0, 0], [-1, -2, -1]]])[:, None]
     grey = F.conv2d(x, torch.full((1, 3, 1, 1), 1 / 3))
-    assert torch.allclose(backbones._sobel(None, (x,)), F.conv2d(grey, kernels, padding=1), atol=1e-5)
+    assert torch.allclose(backbones.sobel_maps(x), F.conv2d(grey, kernels, padding=1), atol=1e-5)
 
 
 @pytest.mark.parametrize("name, size", [("resnet50", 224), ("resnet18", 32), ("resnet_mini", 20)])
@@ -60,7 +60,7 @@ def test_a_sobel_resnet50_loads_from_and_into_timm():
     plain = timm.create_model("resnet50", num_classes=0, in_chans=2)
     plain.load_state_dict(model.state_dict())
     x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(model.eval()(x), plain.eval()(backbones._sobel(None, (x,))))
+    assert torch.equal(model.eval()(x), plain.eval()(backbones.sobel_maps(x)))
 
 
 def test_sobel_needs_a_first_convolution():

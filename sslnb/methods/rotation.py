@@ -59,8 +59,10 @@ class Rotation(Method):
 RECIPES = {
     "demo": Recipe(
         method="rotation", backbone="resnet_mini", size=20, data="fashion_small", batch=50, epochs=6,
-        warmup_epochs=0.5, optimizer="adamw", lr=4e-3, weight_decay=1e-4, numbers={"crop": (0.5, 1.0)}, source="ours",
-        note="Every image counts four times: 50 images are 200 pictures per step."),
+        backbone_numbers={"layers": (1, 1, 1, 0), "channels": (32, 64, 128, 128)}, warmup_epochs=0.5,
+        optimizer="adamw", lr=4e-3, weight_decay=1e-4, numbers={"crop": (0.5, 1.0)}, source="ours",
+        note="Every image counts four times: 50 images are 200 pictures per step. A third block takes kNN on held-out "
+             "training clothes from 73 and 74 % to 78 and 80 % (two seeds)."),
     "r50_8xb64_step_ep70": Recipe(
         method="rotation", backbone="resnet50", size=224, data="imagenet", gpus=8, batch=16, epochs=70,
         warmup_epochs=5, warmup_from=0.1, schedule="step", milestones=(30, 50), optimizer="sgd", lr=0.2,

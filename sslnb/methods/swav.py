@@ -135,7 +135,7 @@ RECIPES = {
         numbers={"epsilon": 0.01, "prototypes": 100, "hidden_dim": 256, "dim": 64, "crop": (0.5, 1.0),
                  "small_views": 4, "small_size": 12, "small_crop": (0.2, 0.5), "jitter": 0.5, "flip": 0.0, "hue": 0.0,
                  "grey": 0.0, "blur": 0.0},
-        source="ours", note="With the paper's epsilon of 0.05 the loss stayed at log K for 300 steps: the scores of an "
+        source="ours", note="With the paper's epsilon of 0.05 the loss stayed at log K to the end: the scores of an "
                             "untrained network differ little, and its codes came out too even to be predicted."),
     "r50_8xb64_accu8_cos_lr9_6-mcrop-224_2-96_6_fp16_ep200": Recipe(
         method="swav", backbone="resnet50", size=224, data="imagenet", gpus=8, batch=64, accum=8, force_accum=True,
