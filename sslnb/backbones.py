@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .errors import InputError, unknown
 
 # Small backbones for a CPU and small images, as timm base name and arguments. resnet_mini has a stem of three 3x3
-# convolutions and two residual blocks: 20 px become maps of 10 and 5. On held-out training digits, seeds 0 and 1: a third
-# block, with maps of 3x3, takes kNN from 90 and 86 % to 84 and 83 % (SimCLR, 600 steps); a stem of stride 1, 8 channels and
-# three narrower blocks need 84 s instead of 50 s, for 86 and 87 % instead of 86 and 89 % (BYOL, 1200 steps).
+# convolutions and two residual blocks: 20 px become maps of 10 and 5. On held-out training digits, seeds 0 and 1: a
+# third block, with maps of 3x3, takes kNN from 90 and 86 % to 84 and 83 % (SimCLR, 600 steps); a stem of stride 1, 8
+# channels and three narrower blocks need 84 s instead of 50 s, for 86 and 87 % instead of 86 and 89 (BYOL, 1200 steps).
 MINI = {
     "resnet_mini": ("resnet18", {"layers": (1, 1, 0, 0), "channels": (32, 64, 64, 64), "stem_type": "deep",
                                  "stem_width": 16, "zero_init_last": False}),
@@ -53,15 +53,16 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
     if sobel:
         if not hasattr(model, "conv1"):
             raise InputError(f"sobel=True filters what goes into conv1, which {name} does not have; use a ResNet.")
-        model.conv1.register_forward_pre_hook(lambda _, inputs: sobel_maps(inputs[0]))  # a hook has no state: the state dict stays plain timm
+        # A hook has no state: the state dict stays plain timm.
+        model.conv1.register_forward_pre_hook(lambda _, inputs: sobel_maps(inputs[0]))
     return model
 
 
 def need_vit(backbone: nn.Module, method: str) -> None:
     """One sentence for a method that works on patches and got a backbone without them."""
     if not hasattr(backbone, "patch_embed") or not hasattr(backbone, "cls_token"):
-        raise InputError(f"{method} needs a vision transformer, whose patches it can drop, and {type(backbone).__name__} "
-                         "is none; use vit_mini or vit_base_patch16_224, for example.")
+        raise InputError(f"{method} needs a vision transformer, whose patches it can drop, and "
+                         f"{type(backbone).__name__} is none; use vit_mini or vit_base_patch16_224, for example.")
 
 
 def _patch_in(name: str) -> int | None:

@@ -15,3 +15,7 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"Unknown {kind} {name!r}: {hint}Known: {', '.join(known)}.")
+
+
+class NonFinite(RuntimeError):
+    """The loss became infinite or NaN; the message names step, term and the saved batch."""

@@ -15,8 +15,8 @@ class LARS(torch.optim.Optimizer):
 
         g ← ∇ + λ w,   ρ = η ‖w‖ / ‖g‖,   v ← μ v + ρ g,   w ← w − lr v
 
-    Tensors with at most one dimension (biases, norms) skip both λ and ρ, unless their group says "adapt_vectors" (apex's
-    LARC, which SwAV uses, excludes nothing). Two public variants differ: timm divides by
+    Tensors with at most one dimension (biases, norms) skip both λ and ρ, unless their group says "adapt_vectors"
+    (apex's LARC, which SwAV uses, excludes nothing). Two public variants differ: timm divides by
     ‖∇‖ + λ ‖w‖, and OpenMixup's default never computes ρ, which makes it plain SGD at the lr of LARS.
     """
 
@@ -43,7 +43,7 @@ SCHEDULES = ("cosine", "step", "constant")
 
 
 def build(groups: list[dict], recipe) -> torch.optim.Optimizer:
-    """The recipe's optimizer over groups of parameters; one may hold "lr_scale", or "fixed_lr" to ignore the schedule."""
+    """The recipe's optimizer over groups of parameters; one may hold "lr_scale", or "fixed_lr" against the schedule."""
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "lars":

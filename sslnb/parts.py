@@ -89,7 +89,7 @@ def share(x: Tensor) -> Tensor:
 
 
 def agreed(x: Tensor) -> Tensor:
-    """x as process 0 has it. For choices: a sum may differ between processes in its last digit, an argmax altogether."""
+    """x as process 0 has it. For choices: a sum may differ between processes in its last digit, its argmax wholly."""
     if world()[1] > 1:
         dist.broadcast(x, 0)
     return x
@@ -218,7 +218,7 @@ def unshuffle(x: Tensor, order: Tensor) -> Tensor:
 
 def mlp(dims: Sequence[int], *, hidden_bias: bool, hidden_bn: bool = True, last_bias: bool, last_bn: bool = False,
         last_affine: bool = True) -> nn.Sequential:
-    """Linear (BN ReLU) Linear …: `dims` (in, hidden, …, out). The projectors and predictors differ in these flags only."""
+    """Linear (BN ReLU) Linear …: `dims` (in, hidden, …, out). Projectors and predictors differ in these flags only."""
     layers: list[nn.Module] = []
     for i, (d_in, d_out) in enumerate(zip(dims, dims[1:], strict=False)):
         last = i == len(dims) - 2

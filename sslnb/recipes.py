@@ -1,4 +1,4 @@
-"""Recipe: every number of a run, in one frozen object beside its method. Name and total batch are derived, never typed."""
+"""Recipe: every number of a run in one frozen object beside its method. Name and total batch are derived."""
 
 import dataclasses
 import inspect

@@ -135,7 +135,7 @@ class Run:
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
         """Write one checkpoint atomically, then drop old ones: a full disk costs the new one only.
 
-        Errors: OSError or RuntimeError if it cannot be written; every earlier checkpoint is still there.
+        Errors: RuntimeError if it cannot be written; every earlier checkpoint is still there.
         """
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
@@ -147,6 +147,9 @@ class Run:
                 os.fsync(file.fileno())
             final = folder / f"step_{state['step']:08d}-{checksum(draft)}.pt"
             draft.replace(final)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(f"The checkpoint of step {state['step']} cannot be written to {self.path} ({error}); "
+                               "earlier ones are untouched. Free some space; the same command continues.") from error
         finally:
             draft.unlink(missing_ok=True)
         _sync_folder(folder)
@@ -157,6 +160,18 @@ class Run:
         return final
 
     # ------------------------------------------------------------ writing
+
+    def save_backbone(self, backbone: nn.Module) -> None:
+        from safetensors.torch import save_file
+
+        draft = self.path / ".backbone.draft"
+        save_file({k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}, draft)
+        draft.replace(self.path / "backbone.safetensors")
+
+    def write_broken(self, names: list[str]) -> None:
+        """Broken images, by name: a list in a file, and a line that counts them."""
+        write_atomic(self.path / "broken.txt", "\n".join(names) + "\n")
+        print(f"{len(names)} broken image(s) were skipped, listed in broken.txt: {', '.join(names[:5])}")
 
     def write_status(self, **values: Any) -> None:
         write_atomic(self.path / "status.json", json.dumps({**self.status(), **values, "updated": time.time()}))

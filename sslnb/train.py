@@ -1,4 +1,4 @@
-"""pretrain(): the one loop, on Accelerate. In the kernel for one process, through torchrun for more, otherwise the same.
+"""pretrain(): the one loop, on Accelerate. In the kernel for one process, through torchrun for more, else the same.
 
     python -m torch.distributed.run --nproc_per_node 8 -m sslnb.train RUN_DIR      what pretrain(processes=8) starts
 """
@@ -16,16 +16,13 @@ from torch import Tensor
 from . import data as datasets
 from . import optim, parts
 from .checks import prepare
-from .errors import InputError
-from .launch import Stop, Unbreakable, accelerator, join, launch, random_state, set_random_state
+from .errors import InputError, NonFinite
+from .evaluate.collapse import output_std
+from .launch import Stop, Unbreakable, accelerator, join, launch, limit_threads, random_state, set_random_state
 from .monitor import FiniteWatch, Meter, Monitor
 from .reading import EpochSampler, ViewSet, loader_workers
 from .recipes import Recipe
-from .run import Run, write_atomic
-
-
-class NonFinite(RuntimeError):
-    """The loss became infinite or NaN; the message names step, term and the saved batch."""
+from .run import Run
 
 
 def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Path = "auto", *, processes: int = 1,
@@ -87,10 +84,8 @@ class Trainer:
                              f"start {recipe.gpus}, or prepare it again with processes={world}.")
         self.cuda = self.device.type == "cuda"
         self.threads = torch.get_num_threads()
-        if not self.cuda and "OMP_NUM_THREADS" not in os.environ:
-            # Half of the cores: as many threads as cores wait for each other by spinning, and on a busy machine a step
-            # of 35 ms was measured to take 7 s (2 cores, 2 threads), while one thread takes 50 ms come what may.
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2 // world))
+        if not self.cuda:
+            limit_threads(world)
 
         torch.manual_seed(self.seed)  # before anything is built, and the same everywhere
         method = recipe.build()
@@ -176,6 +171,7 @@ class Trainer:
             for name, value in out.items():
                 if value.ndim == 0:
                     sums[name] = sums.get(name, 0.0) + value.detach() / accum
+        sums |= output_std(out)
         self.finite.note(sums, self.step)
         if (self.step + 1) % self.check_every == 0:
             self._stop_if_not_finite()
@@ -195,27 +191,20 @@ class Trainer:
     def _end_of_epoch(self, epoch: int, start: float) -> None:
         last = self.step == self.total
         self._stop_if_not_finite()  # before anything looks at the network or keeps it
-        if self.monitor.due(epoch):
-            if self.main:
-                row = self.monitor.look(self.method, self.step)
-                self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=self.step)
+        if self.main and self.monitor.due(epoch):
+            row = self.monitor.look(self.method, self.step)
+            self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=self.step)
         if last or (epoch + 1) % max(1, 100 // self.per_epoch) == 0:
             self.save(start)
 
     def _finish(self, start: float) -> None:
         from accelerate.utils import gather_object
-        from safetensors.torch import save_file
 
         broken = sorted(set().union(*gather_object([self.broken])))
         if self.main:
-            weights = {k: v.detach().cpu().contiguous() for k, v in self.method.backbone.state_dict().items()}
-            draft = self.run.path / ".backbone.draft"
-            save_file(weights, draft)
-            draft.replace(self.run.path / "backbone.safetensors")
+            self.run.save_backbone(self.method.backbone)
             if broken:
-                names = [self.images.where(i) for i in broken]
-                write_atomic(self.run.path / "broken.txt", "\n".join(names) + "\n")
-                print(f"{len(broken)} broken image(s) were skipped, listed in broken.txt: {', '.join(names[:5])}")
+                self.run.write_broken([self.images.where(i) for i in broken])
             self.run.write_status(state="done", step=self.step, seconds=time.time() - start, broken=len(broken),
                                   skipped_steps=self.skipped)
         self.accelerator.wait_for_everyone()
@@ -269,11 +258,7 @@ class Trainer:
         state = {"step": self.step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
                  "scaler": scaler.state_dict() if scaler else None, "random": random_states, "skipped": self.skipped,
                  "broken": sorted(self.broken)}
-        try:
-            path = self.run.save_checkpoint(state)
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"The checkpoint of step {self.step} cannot be written to {self.run.path} ({error}); "
-                               "earlier ones are untouched. Free some space; the same command continues.") from error
+        path = self.run.save_checkpoint(state)
         self.run.write_status(step=self.step, seconds=time.time() - start, **self.monitor.best(path, self.step))
 
     def _resume(self) -> None:

@@ -134,7 +134,8 @@ def test_views_are_those_of_byol_one_always_blurred_one_sometimes_solarized():
 # Optimisation
 
 @pytest.mark.parametrize("recipe, gpus, batch, accum, epochs", [
-    (ZOO, 8, 64, 4, 300), (CHECKPOINT, 8, 256, 1, 300), (OFFICIAL, 16, 128, 1, 1000)], ids=lambda v: getattr(v, "name", v))
+    (ZOO, 8, 64, 4, 300), (CHECKPOINT, 8, 256, 1, 300), (OFFICIAL, 16, 128, 1, 1000)],
+    ids=lambda v: getattr(v, "name", v))
 def test_the_rows_of_the_zoo(recipe, gpus, batch, accum, epochs):
     assert (recipe.gpus, recipe.batch, recipe.accum, recipe.epochs) == (gpus, batch, accum, epochs)
     assert recipe.total_batch == 2048 and recipe.precision == "fp16" and recipe.optimizer == "lars"

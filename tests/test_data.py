@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from sslnb import data
 from sslnb.data import BrokenImage, Images, load, read_image
-from sslnb.reading import EpochSampler, ViewSet, draw_seed
 from sslnb.errors import InputError
+from sslnb.reading import EpochSampler, ViewSet, draw_seed
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def built(name):
 
 
 def smooth(module):
-    """GELU for ReLU: where an activation is 0 but for rounding, a ReLU's gradient jumps, and that is not what we test."""
+    """GELU for ReLU: where an activation is 0 but for rounding, a ReLU's gradient jumps, which we do not test."""
     for name, child in module.named_children():
         setattr(module, name, nn.GELU()) if isinstance(child, nn.ReLU) else smooth(child)
     return module
@@ -140,7 +140,7 @@ def test_batch_norm_over_processes_is_batch_norm_of_the_whole(tmp_path):
 
 @pytest.fixture
 def recipe():
-    """Small steps of SGD: AdamW divides by gradients that are nearly zero, big steps are chaotic; both blow rounding up."""
+    """Small steps of SGD: AdamW divides by gradients of nearly zero, big steps are chaotic; both blow rounding up."""
     return methods.recipes("simclr")["demo"].with_(epochs=2, batch=320, optimizer="sgd", lr=1e-5, warmup_epochs=0)
 
 

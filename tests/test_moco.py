@@ -146,7 +146,8 @@ def test_groups_hold_at_most_so_many_images_and_are_as_equal_as_can_be(images, s
 def test_shuffled_rows_come_back():
     x = torch.arange(16.0)[:, None] * torch.ones(16, 3)
     dealt, order = shuffle(x)
-    assert not torch.equal(dealt, x) and torch.equal(dealt, x[order]) and torch.equal(order.sort().values, torch.arange(16))
+    assert not torch.equal(dealt, x) and torch.equal(dealt, x[order])
+    assert torch.equal(order.sort().values, torch.arange(16))
     assert torch.equal(unshuffle(dealt * 2, order), x * 2)
 
 
@@ -173,7 +174,7 @@ def test_the_key_encoder_follows_slowly_and_never_by_gradient(name):
         method.key_encoder.parameters(), [*method.backbone.parameters(), *method.projector.parameters()], strict=True))
     trained = {id(p) for group in method.param_groups(methods.recipes(name)["demo"]) for p in group["params"]}
     assert not trained & {id(p) for p in method.key_encoder.parameters()}
-    assert trained == {id(p) for p in [*method.backbone.parameters(), *method.projector.parameters()]}, "all are decayed"
+    assert trained == {id(p) for p in [*method.backbone.parameters(), *method.projector.parameters()]}  # all decay
     with torch.no_grad():
         for p in [*method.backbone.parameters(), *method.projector.parameters()]:
             p.add_(1.0)

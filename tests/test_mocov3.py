@@ -201,7 +201,8 @@ def test_a_resnet_keeps_its_own_weights_and_all_of_them_learn():
 
 COUNTS = {"vit": {"backbone": 21_665_664, "projector": 19_415_040, "predictor": 2_105_344,
                   "key": 21_665_664 + 19_415_040},
-          "r50": {"backbone": 23_508_032, "projector": 9_445_376, "predictor": 2_105_344, "key": 23_508_032 + 9_445_376}}
+          "r50": {"backbone": 23_508_032, "projector": 9_445_376, "predictor": 2_105_344,
+                  "key": 23_508_032 + 9_445_376}}
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "demo"])

@@ -9,9 +9,9 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sslnb.recipes import method_numbers
 from sslnb import figures, load, methods, pretrain, widgets
 from sslnb.masking import random_mask
+from sslnb.recipes import method_numbers
 
 
 @pytest.fixture(scope="module")

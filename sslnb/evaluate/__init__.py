@@ -8,7 +8,7 @@ A new protocol is one function `(subject, train, test, seed) -> Outcome` in PROT
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -107,5 +107,5 @@ def _row(subject: Subject, data: str, outcome: Outcome, seed: int) -> dict:
     low, high = interval(outcome.correct, outcome.n)
     return {"source": subject.name, "data": data, "protocol": outcome.protocol,
             "top1": 100 * outcome.correct / outcome.n, "interval": [100 * low, 100 * high], "n": outcome.n,
-            "seed": seed, "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seed": seed, "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(), **outcome.more}

@@ -21,8 +21,20 @@ def feature_std(z: Tensor) -> float:
     1 for directions spread evenly over the sphere, 0 for one point (SimSiam's measure, arXiv 2011.10566,
     there without the sqrt(D)).
     """
-    u = _unit(z)
-    return float(u.std(0, correction=0).mean() * math.sqrt(u.shape[1]))
+    return float(_spread(z))
+
+
+EMBEDDINGS = ("z1", "q1", "q", "f")  # what methods call the vectors that their loss compares
+
+
+def output_std(out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{"output_std": feature_std of the embeddings (N, D) in a method's output}, {} if it compares none.
+
+    A collapse begins here: the backbone's features can differ for long after the heads map them to one point. It stays
+    on the device, for nothing in the loop may wait.
+    """
+    found = next((out[name] for name in EMBEDDINGS if name in out), None)
+    return {} if found is None else {"output_std": _spread(found)}
 
 
 def effective_rank(z: Tensor) -> float:
@@ -65,12 +77,12 @@ def panel(z: Tensor, z1: Tensor | None = None, z2: Tensor | None = None) -> dict
 def diagnose(history: list[dict]) -> str:
     """One plain sentence on what the panel's numbers say over time.
 
-    `history`: dicts in the order of training with any of `loss`, `feature_std`, `effective_rank`,
-    `dimensions`, `knn` (in %); entries may lack some.
+    `history`: dicts in the order of training with any of `loss`, `output_std`, `feature_std`,
+    `effective_rank`, `dimensions`, `knn` (in %); entries may lack some.
     """
-    loss, std, rank, dimensions, knn = (
+    loss, output, std, rank, dimensions, knn = (
         [row[name] for row in history if row.get(name) is not None]
-        for name in ("loss", "feature_std", "effective_rank", "dimensions", "knn"))
+        for name in ("loss", "output_std", "feature_std", "effective_rank", "dimensions", "knn"))
     if not all(math.isfinite(v) for v in loss + std):
         return "Diverged: the loss or the features are no longer finite; try a lower learning rate first."
     if max(len(std), len(rank), len(knn)) < EARLY:
@@ -86,6 +98,9 @@ def diagnose(history: list[dict]) -> str:
                 f"dimensions, and not more than at the start.")
     if len(knn) >= EARLY and knn[-1] - knn[0] >= KNN_GAIN:
         return f"Learning: kNN accuracy rose from {knn[0]:.1f} to {knn[-1]:.1f} %, without collapse."
+    if output and output[-1] < POINT_STD:
+        return (f"Collapsed at the output: what the loss compares is (nearly) the same for every image (std "
+                f"{output[-1]:.2f}; healthy is near 1), and the kNN accuracy does not rise.")
     if len(knn) >= EARLY and knn[0] - knn[-1] >= KNN_GAIN:
         return f"Getting worse: kNN accuracy fell from {knn[0]:.1f} to {knn[-1]:.1f} %."
     if len(knn) < EARLY:
@@ -94,6 +109,11 @@ def diagnose(history: list[dict]) -> str:
         return ("No collapse, but the loss falls without the kNN accuracy rising: the task may be solved by "
                 "a shortcut, or it is still early.")
     return "No collapse, but nothing moves: neither the loss nor the kNN accuracy improves."
+
+
+def _spread(z: Tensor) -> Tensor:
+    u = _unit(z)
+    return u.std(0, correction=0).mean() * math.sqrt(u.shape[1])
 
 
 def _unit(z: Tensor) -> Tensor:

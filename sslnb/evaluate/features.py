@@ -95,7 +95,7 @@ def calibrated(backbone: nn.Module, images, *, size: int, mean: Sequence[float] 
             x, kept = to_batch(images, chunk.tolist(), size, mean, std)
             if len(kept) > 1:
                 twin(x.to(device))
-        for m, momentum in zip(norms, momenta):
+        for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
     return twin
 

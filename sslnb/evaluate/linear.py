@@ -58,8 +58,8 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
     head = _fit(train, labels, [lrs[g]], **settings)
     predictions = head.predict(test.to(train.device))[0]
     top1 = _accuracy(predictions, test_labels.to(train.device))
-    return Probe(top1, lrs[g], dict(zip(lrs, accuracy)), g in (0, len(lrs) - 1), predictions.to(test.device),
-                 head.weight[0])
+    return Probe(top1, lrs[g], dict(zip(lrs, accuracy, strict=True)), g in (0, len(lrs) - 1),
+                 predictions.to(test.device), head.weight[0])
 
 
 @dataclass

@@ -46,7 +46,7 @@ def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
     grid = [["features", *protocols]]
     grid += [[s, *(cells.get((s, p), "–") for p in protocols)] for s in sources]
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in grid]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in grid]
     lines += [f"published ({p['protocol']}, {p['source']}): {p['top1']:.1f}" for p in published or ()]
     return "\n".join(lines)
 

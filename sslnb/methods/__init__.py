@@ -49,7 +49,8 @@ def _module(name: str):
         try:
             module = importlib.import_module(place)
         except ImportError as error:
-            raise InputError(f"Method {name!r}: there is no file {path} here and no module {place!r} ({error}).") from None
+            raise InputError(f"Method {name!r}: there is no file {path} here and no module {place!r} "
+                             f"({error}).") from None
     elif (key := f"sslnb_user_{path.stem}_{path.stat().st_mtime_ns}") in sys.modules:
         module = sys.modules[key]
     else:  # the time of change is in the key, so an edited cell (%%writefile) is read again

@@ -76,7 +76,7 @@ class BarlowTwins(Method):
         return ((1 - diagonal) ** 2).sum(), (c**2).sum() - (diagonal**2).sum()
 
     def param_groups(self, recipe) -> list[dict]:
-        """Vectors (biases, norms), which LARS does not adapt, have a learning rate of their own: `vector_lr` times lr."""
+        """Vectors (biases, norms), which LARS does not adapt, learn at a rate of their own: `vector_lr` times lr."""
         matrices, vectors = decay_groups(self.named_parameters(), recipe.weight_decay)
         return [matrices, {**vectors, "lr_scale": self.vector_lr}]
 
@@ -103,8 +103,8 @@ RECIPES = {
         source="ours"),
     "r50_8xb64_accu4_cos_lr1_6_ep300": _imagenet.with_(
         batch=64, accum=4, force_accum=True, published={"linear, BarlowTwins protocol": 71.66},
-        note="As the zoo's file: C is estimated from 512 images and four gradients are averaged, which is noisier than C "
-             "of 2048. The published 71.66 ran as 8 x 256 images: r50_8xb256_cos_lr1_6_fp16_ep300."),
+        note="As the zoo's file: C is estimated from 512 images and four gradients are averaged, which is noisier than "
+             "C of 2048. The published 71.66 ran as 8 x 256 images: r50_8xb256_cos_lr1_6_fp16_ep300."),
     "r50_8xb256_cos_lr1_6_fp16_ep300": _imagenet.with_(
         published={"linear, BarlowTwins protocol": 71.66}, note="What the zoo's checkpoint was trained with."),
     "r50_16xb128_cos_lr1_6_fp16_ep1000": _imagenet.with_(

@@ -6,8 +6,8 @@ MoCo v2 twice over: the image must find its other view, and every cell of its fe
     dense   L_r = 1/S² Σₛ −log  exp(rˢ·t₊ˢ/τ)  /  (exp(rˢ·t₊ˢ/τ) + Σ exp(rˢ·t₋/τ))      one r per cell, S² cells
     loss = (1 − λ) L_q + λ L_r,   t₊ˢ = t^c(s) with c(s) = argmax_j cos(fˢ, f'ʲ)
 
-Cells are matched by what the BACKBONE says of them, f and f', not by where they are: nobody tells which way an image was
-cropped or flipped. k₋ and t₋ come from two queues; the second holds one t per image, the mean over its cells.
+Cells are matched by what the BACKBONE says of them, f and f', not by where they are: nobody tells which way an image
+was cropped or flipped. k₋ and t₋ come from two queues; the second holds one t per image, the mean over its cells.
 
 Where we differ from the official code: the key encoder moves after the optimizer's step (there: before the next keys,
 which is the same), and the differences of our MoCo. Like the official ImageNet run, λ holds from the first step on.

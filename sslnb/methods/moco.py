@@ -6,7 +6,7 @@ Every query must find its own key, the other view, in a large dictionary: a queu
     q = g(f(x₁)) / ‖·‖,   k₊ = g_k(f_k(x₂)) / ‖·‖,   loss = −log  exp(q·k₊ / τ)  /  (exp(q·k₊ / τ) + Σᵢ exp(q·kᵢ / τ))
     θ_k ← m θ_k + (1 − m) θ_q after every optimizer step;   then the oldest keys kᵢ of the queue make room for k₊
 
-v2 puts SimCLR's hidden layer into g and SimCLR's blur and jitter into the views, and decays the learning rate as a cosine.
+v2 puts SimCLR's hidden layer into g and SimCLR's blur and jitter into the views, and a cosine into the learning rate.
 
 Where we differ from the official code: batch-norm groups are counted in images (there: one GPU's), so that one process
 can do what eight do, and evaluation uses statistics averaged over all groups (there: those of the first GPU). Both

@@ -13,7 +13,6 @@ crops of at least 0.2; its key encoder moves at the start of a step, ours at the
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from ..backbones import sincos_position
@@ -113,16 +112,17 @@ _resnet = Recipe(
 
 RECIPES = {
     "demo": Recipe(
-        method="mocov3", backbone="vit_mini", size=28, data="fashion_small", batch=125, epochs=20, warmup_epochs=2,
+        method="mocov3", backbone="vit_mini", backbone_numbers={"depth": 2}, size=28, data="fashion_small", batch=125,
+        epochs=10, warmup_epochs=1,
         optimizer="adamw", lr=2e-3, weight_decay=0.1,
         numbers={"hidden_dim": 256, "dim": 64, "crop": (0.3, 1.0), "jitter": 1.0, "hue": 0.0, "grey": 0.0,
                  "blur": (0.0, 0.0), "solarize": (0.0, 0.0)},
         source="ours"),
     "vit_small_8xb64_accu8_cos_fp16_ep300": _vit.with_(
         gpus=8, batch=64, accum=8, force_accum=True, sources={"batch": "zoo"},
-        note="As the zoo's file: each query sees 512 keys, eight times per step, instead of 4096 once. Betas and weight "
-             "decay are the official code's, which the published 73.19 (32 x 128 images, 300 epochs, not 400) had too: "
-             "vit_small_32xb128_cos_fp16_ep300."),
+        note="As the zoo's file: each query sees 512 keys, eight times per step, instead of 4096 once. Betas and "
+             "weight decay are the official code's, which the published 73.19 (32 x 128 images, 300 epochs, not "
+             "400) had too: vit_small_32xb128_cos_fp16_ep300."),
     "vit_small_32xb128_cos_fp16_ep300": _vit.with_(note="What the zoo's checkpoint was trained with."),
     "r50_4xb256_accu4_cos_fp16": _resnet.with_(
         gpus=4, accum=4, force_accum=True, epochs=200, sources={"batch": "zoo", "epochs": "zoo"},

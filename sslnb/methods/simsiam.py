@@ -81,8 +81,8 @@ RECIPES = {
         warmup_epochs=2, optimizer="adamw", lr=2e-3, weight_decay=1e-4,
         numbers={"predictor_lr": 10.0, "hidden_dim": 256, "dim": 256, "predictor_dim": 64, "crop": (0.5, 1.0),
                  "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0, "blur": 0.0},
-        source="ours", note="Twelve hundred steps instead of half a million: hence a predictor that learns ten times as "
-                            "fast as what it predicts."),
+        source="ours", note="Twelve hundred steps instead of half a million: hence a predictor that learns ten times "
+                            "as fast as what it predicts."),
     "r50_4xb64_cos_lr0_05_ep100": _imagenet.with_(
         published={"linear, SimSiam protocol": 68.28},
         note="The zoo's table says batch 512; config and checkpoint (8 x 32 images) have 256."),
