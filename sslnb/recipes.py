@@ -118,7 +118,10 @@ class Recipe:
     # ------------------------------------------------------------ changed
 
     def with_(self, **changes: Any) -> "Recipe":
-        """A copy with some values changed: fields by name, and numbers of the method by name."""
+        """A copy with some values changed: fields by name, and numbers of the method by name.
+
+        Another `backbone` drops `backbone_numbers` that are not given anew: they were the old one's.
+        """
         fields = {f.name for f in dataclasses.fields(self)}
         own = {k: v for k, v in changes.items() if k in fields}
         numbers = {k: v for k, v in changes.items() if k not in fields}
@@ -128,6 +131,8 @@ class Recipe:
                 unknown(f"recipe value for {self.method}", name, [*fields, *known])
         if numbers:
             own["numbers"] = {**self.numbers, **own.get("numbers", {}), **numbers}
+        if own.get("backbone", self.backbone) != self.backbone:
+            own.setdefault("backbone_numbers", {})
         return dataclasses.replace(self, **own)
 
     def on(self, gpus: int, batch: int | None = None) -> "Recipe":

@@ -153,3 +153,10 @@ RECIPES = {"demo": recipes("byol")["demo"].with_(method="%s:Mine", numbers={})}
     assert r.build().momentum == 0.7 and method_numbers(r.method) == {"momentum": 0.5}
     with pytest.raises(InputError, match="defines no Other"):
         methods.get(f"{tmp_path / 'mine.py'}:Other")
+
+
+def test_another_backbone_drops_the_numbers_of_the_old_one():
+    demo = methods.recipes("mocov3")["demo"]
+    assert demo.backbone_numbers and demo.with_(lr=1.0).backbone_numbers == demo.backbone_numbers
+    assert demo.with_(backbone="resnet_mini").backbone_numbers == {}
+    assert demo.with_(backbone="vit_mini", backbone_numbers={"depth": 3}).backbone_numbers == {"depth": 3}
