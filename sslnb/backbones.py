@@ -4,6 +4,9 @@ A backbone is a timm model with `num_classes=0`: (B, 3, H, W) -> (B, num_feature
 names, so what is trained here loads anywhere timm does.
 """
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +21,9 @@ MINI = {
     "resnet_mini": ("resnet18", {"layers": (1, 1, 0, 0), "channels": (32, 64, 64, 64), "stem_type": "deep",
                                  "stem_width": 16, "zero_init_last": False}),
     "vit_mini": ("vit_tiny_patch16_224", {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}),
+    "beit_mini": ("beit_base_patch16_224", {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}),
+    "swin_mini": ("swin_tiny_patch4_window7_224", {"patch_size": 2, "embed_dim": 32, "depths": (2, 2),
+                                                   "num_heads": (2, 4), "window_size": 7}),
 }
 SMALL_IMAGE = 64  # up to this size a ResNet gets the 3x3 stem without pooling; 7x7/2 + pool would leave 2x2 maps
 
@@ -43,6 +49,9 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
             raise InputError(f"size {size} cannot be cut into patches of {patch} px for {name}; "
                              f"use {size // patch * patch or patch} or another multiple of {patch}.")
         arguments["img_size"] = size
+    if base.startswith("beit"):
+        # With "avg", its default, timm has no norm at the end of the tokens: a head's own norm takes its place.
+        arguments.setdefault("global_pool", "token")
     if sobel:
         arguments["in_chans"] = 2
     model = timm.create_model(base, pretrained=False, **arguments)
@@ -104,21 +113,54 @@ def features(backbone: nn.Module, x: Tensor, pool: str = "model") -> Tensor:
 
 
 def cells(backbone: nn.Module, x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, S², D): the S x S cells of a ResNet's last map, or a ViT's patches, row by row."""
+    """(B, 3, H, W) -> (B, S², D): the S x S cells of a ResNet or Swin, or the patches of a ViT, row by row."""
     y = backbone.forward_features(x)
-    return y.flatten(2).transpose(1, 2) if y.ndim == 4 else y[:, backbone.num_prefix_tokens:]
+    if y.ndim == 4:
+        return y.flatten(1, 2) if getattr(backbone, "output_fmt", "") == "NHWC" else y.flatten(2).transpose(1, 2)
+    return y[:, backbone.num_prefix_tokens:]
+
+
+def last_map(backbone: nn.Module, x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, D, S, S): the last map of any backbone, a ViT's patches in their places."""
+    y = cells(backbone, x)
+    side = round(y.shape[1] ** 0.5)
+    return y.transpose(1, 2).reshape(len(y), -1, side, side)
 
 
 def encode_visible(vit: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
     """Run a timm ViT on the visible patches ONLY: images (B, 3, H, W), keep (B, K) -> (B, 1 + K, D), class token first.
 
-    Position embeddings are added before patches are dropped, so each visible patch keeps its own.
+    Position embeddings are added before patches are dropped, so each visible patch keeps its own. A timm Beit will do
+    too if it has no relative positions, which would have to be dropped as well.
     """
     x = vit.patch_embed(images)
     x = x + vit.pos_embed[:, 1:]
     x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))
     cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
-    return vit.norm(vit.blocks(vit.norm_pre(torch.cat([cls, x], 1))))
+    x = torch.cat([cls, x], 1)
+    for block in vit.blocks:
+        x = block(x)
+    return vit.norm(x)
+
+
+@contextlib.contextmanager
+def mask_enters(module: nn.Module, change: Callable[[Tensor], Tensor], before: bool = False) -> Iterator[None]:
+    """Inside, the output of `module`, a part of a backbone, goes through `change` (its input, if `before`).
+
+    How a mask token gets into a plain timm model, which stays one: for a ViT, Beit or Swin after `patch_embed`, as
+    (B, L, D) or (B, h, w, D), before class token and positions; for a ResNet before `layer4`, as (B, D, h, w).
+
+        with mask_enters(vit.patch_embed, lambda x: token.where(hidden, x)):
+            tokens = cells(vit, images)
+    """
+    if before:
+        handle = module.register_forward_pre_hook(lambda _, inputs: (change(inputs[0]), *inputs[1:]))
+    else:
+        handle = module.register_forward_hook(lambda _, inputs, output: change(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def sincos_position(side: int, dim: int, first: str = "column") -> Tensor:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .parts import full_precision, gather, normalized, world
+from .parts import full_precision, gather, normalized, sum_over_processes, world
 
 
 @full_precision
@@ -45,3 +45,14 @@ def look_up(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Tens
 def info_nce(logits: Tensor) -> Tensor:
     """Cross-entropy of (n, 1 + K) logits whose first column is right (CPC, arXiv 1807.03748)."""
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+@full_precision
+def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
+    """The mean of `error` where the mask is 1; both (B, L) or both (B, 1, H, W).
+
+    Masks of different sizes weigh by their cells, on all processes together: averaged over processes (as DDP averages
+    gradients) it is the mean over the removed cells of the global batch.
+    """
+    removed = sum_over_processes(mask.sum()) / world()[1]  # with autocast off: 128 x 224² ones are too many for fp16
+    return (error * mask).sum() / removed

@@ -1,7 +1,13 @@
-"""Masks and patches for masked image modelling. In a mask 1 means REMOVED, in every method."""
+"""Masks, patches and painted holes for masked image modelling. In a mask 1 means REMOVED, in every method.
+
+A mask is (B, L): one number for each of the L = side² cells of a square image, row by row. Masks are drawn on the CPU,
+so that one seed gives the same masks on every device, and drawing never waits for a GPU.
+"""
+
+import math
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from .errors import InputError
 
@@ -13,29 +19,84 @@ def check_mask_ratio(ratio: float) -> float:
     return ratio
 
 
-def random_noise(batch: int, length: int, device: torch.device) -> Tensor:
-    """U(0, 1) per patch, (B, L): the patches with the smallest noise stay."""
-    return torch.rand(batch, length, device=device)
+# ---------------------------------------------------------------- which cells are removed
 
 
-def random_mask(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Remove the same number of patches from every image (MAE's masking).
+def random_mask(noise: Tensor, mask_ratio: float) -> Tensor:
+    """The same number of cells of every image, anywhere (MAE's masking).
 
-    noise (B, L) -> keep (B, K) indices of the visible patches, restore (B, L) which undoes the shuffling, and the
-    mask (B, L) with exactly L - int(L * (1 - mask_ratio)) ones. Noise that is kept while the ratio grows gives
-    nested masks, which is what a slider should show.
+    noise (B, L), U(0, 1): the cells with the smallest stay. -> (B, L) with exactly L - int(L * (1 - mask_ratio)) ones.
+    Noise that is kept while the ratio grows gives nested masks, which is what a slider should show.
     """
-    length = noise.shape[1]
-    visible = int(length * (1 - mask_ratio))
-    shuffled = noise.argsort(1)
-    restore = shuffled.argsort(1)
-    mask = torch.ones_like(noise)
-    mask[:, :visible] = 0
-    return shuffled[:, :visible], restore, mask.gather(1, restore)
+    visible = int(noise.shape[1] * (1 - mask_ratio))
+    return (noise.argsort(1).argsort(1) >= visible).float()
+
+
+def unit_mask(noise: Tensor, mask_ratio: float, cells: int) -> Tensor:
+    """Squares of cells x cells are removed as one (SimMIM's masking: 32 px whatever the patch).
+
+    noise (B, U²) for the units; the largest go, U² * mask_ratio of them, rounded up. -> (B, (U * cells)²)
+    """
+    units = noise.shape[1]
+    removed = (noise.argsort(1).argsort(1) >= units - math.ceil(units * mask_ratio)).float()
+    side = round(units**0.5)
+    grid = removed.view(-1, side, side)
+    return grid.repeat_interleave(cells, 1).repeat_interleave(cells, 2).flatten(1)
+
+
+def block_mask(batch: int, side: int, count: int, least: int, exact: bool,
+               generator: Generator | None = None) -> Tensor:
+    """Overlapping rectangles until `count` cells of each image are removed (BEiT's masking, arXiv 2106.08254).
+
+    A rectangle has an area between `least` and what is still missing, an aspect between 0.3 and 1/0.3 (uniform in the
+    logarithm), and counts if it removes something new but not too much. After ten in a row that do not count, an image
+    is done with fewer cells than asked (MaskFeat), unless `exact` (CAE). -> (batch, side²)
+    """
+    if not 0 < count < side * side:
+        raise InputError(f"{count} of {side * side} cells cannot be masked; use a mask_ratio between 0 and 1.")
+    mask = torch.zeros(batch, side, side, dtype=torch.bool)
+    misses = torch.zeros(batch, dtype=torch.long)
+    place = torch.arange(side)
+    todo = torch.arange(batch)
+    while len(todo):
+        area, aspect, y, x = torch.rand(4, len(todo), generator=generator)
+        missing = count - mask[todo].sum((1, 2))
+        area = least + area * (missing - least)
+        aspect = torch.exp((2 * aspect - 1) * math.log(1 / 0.3))
+        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        fits = (height < side) & (width < side)
+        top, left = (y * (side - height + 1)).floor(), (x * (side - width + 1)).floor()
+        rows = (place >= top[:, None]) & (place < (top + height)[:, None])
+        columns = (place >= left[:, None]) & (place < (left + width)[:, None])
+        block = rows[:, :, None] & columns[:, None, :]
+        new = (block & ~mask[todo]).sum((1, 2))
+        counts = fits & (new > 0) & (new <= missing)
+        mask[todo[counts]] |= block[counts]
+        misses[todo] = torch.where(counts, 0, misses[todo] + 1)
+        todo = todo[(missing > new * counts) & (exact | (misses[todo] < 10))]
+    return mask.flatten(1).float()
+
+
+def visible_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L) with equally many ones per image -> keep (B, K), the visible cells in order, and restore (B, L), which
+    puts [visible, removed] back in place. On the CPU, where looking at a number waits for nothing."""
+    mask = mask.cpu()
+    visible = (mask == 0).sum(1)
+    if (visible != visible[0]).any():
+        raise InputError(f"These masks leave {int(visible.min())} to {int(visible.max())} visible cells, and one batch "
+                         "needs the same number for every image.")
+    order = mask.argsort(dim=1, stable=True)
+    return order[:, :int(visible[0])], order.argsort(1)
+
+
+# ---------------------------------------------------------------- cells and pixels
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) -> (B, L, patch²·C); within a patch the order is (row, column, channel), MAE's."""
+    """(B, C, H, W) -> (B, L, patch²·C); within a patch the order is (row, column, channel), MAE's.
+
+    A head with nn.PixelShuffle has (channel, row, column) instead: their weights are not interchangeable as they are.
+    """
     b, c, h, w = images.shape
     x = images.reshape(b, c, h // patch, patch, w // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, h // patch * (w // patch), patch * patch * c)
@@ -53,3 +114,9 @@ def upsample_mask(mask: Tensor, patch: int) -> Tensor:
     """(B, L) -> (B, 1, H, W) of the square image, each value repeated over its patch."""
     side = round(mask.shape[1] ** 0.5)
     return mask.reshape(-1, 1, side, side).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+
+
+def paint_mean(images: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """Removed cells take the mean colour of their WHOLE image, what is hidden included (A2MIM, arXiv 2205.13943)."""
+    hole = upsample_mask(mask, patch)
+    return images * (1 - hole) + images.mean((2, 3), keepdim=True) * hole

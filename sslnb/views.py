@@ -10,16 +10,25 @@ torchvision's functional op for the same parameters (tests/test_views.py). Augme
 self-supervision; this split is what makes it cheap.
 """
 
-import math
 import random
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from .errors import InputError
+from .geometry import (  # noqa: F401  methods take all their ops from here
+    CenterCrop,
+    HorizontalFlip,
+    ImageOp,
+    Pad,
+    PatchGrid,
+    RandomResizedCrop,
+    RandomRotation,
+    Resize,
+)
 from .photometry import (
     Draws,
     adjust_brightness,
@@ -32,128 +41,6 @@ from .photometry import (
 )
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-# ---------------------------------------------------------------- stage one: geometry, one PIL image at a time
-
-
-class ImageOp:
-    """An op of stage one: `op(image, rng) -> image`."""
-
-
-@dataclass(frozen=True)
-class RandomResizedCrop(ImageOp):
-    """A random box of `scale` x the area and aspect `ratio`, resized to `size` (torchvision's ten tries)."""
-
-    size: int
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bilinear"
-
-    def box(self, width: int, height: int, rng: random.Random) -> tuple[int, int, int, int]:
-        """Draw (left, top, right, bottom) in pixels of the source image."""
-        for _ in range(10):
-            area = width * height * rng.uniform(*self.scale)
-            aspect = math.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = rng.randint(0, width - w), rng.randint(0, height - h)
-                return left, top, left + w, top + h
-        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])  # nothing fitted: the largest central box
-        w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-        left, top = (width - w) // 2, (height - h) // 2
-        return left, top, left + w, top + h
-
-    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        # Cropped first: Pillow's resize(box=…) lets pixels from outside the box bleed in, torchvision's does not.
-        cropped = image.crop(self.box(*image.size, rng))
-        return cropped.resize((self.size, self.size), _resampling(self.interpolation))
-
-
-@dataclass(frozen=True)
-class Resize(ImageOp):
-    """Resize so that the SHORT side is `size`, keeping the aspect."""
-
-    size: int
-    interpolation: str = "bicubic"
-
-    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
-        w, h = image.size
-        short = min(w, h)
-        if short == self.size:
-            return image
-        return image.resize((int(w * self.size / short), int(h * self.size / short)),
-                            _resampling(self.interpolation))
-
-
-@dataclass(frozen=True)
-class CenterCrop(ImageOp):
-    """The central `size` x `size` square."""
-
-    size: int
-
-    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
-        left, top = round((image.width - self.size) / 2), round((image.height - self.size) / 2)
-        return image.crop((left, top, left + self.size, top + self.size))
-
-
-@dataclass(frozen=True)
-class Pad(ImageOp):
-    """A black margin of `pixels` on every side, so that crops after it also move the image about."""
-
-    pixels: int
-
-    def __call__(self, image: Image.Image, rng: random.Random | None = None) -> Image.Image:
-        return ImageOps.expand(image, self.pixels) if self.pixels else image
-
-
-@dataclass(frozen=True)
-class HorizontalFlip(ImageOp):
-    """Mirror left and right with probability `p`."""
-
-    p: float = 0.5
-
-    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < self.p else image
-
-
-@dataclass(frozen=True)
-class RandomRotation(ImageOp):
-    """Turn about the centre by up to `degrees` either way, nearest pixel; the corners turn black."""
-
-    degrees: float
-
-    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        return image.rotate(rng.uniform(-self.degrees, self.degrees)) if self.degrees else image
-
-
-@dataclass(frozen=True)
-class PatchGrid(ImageOp):
-    """A square of 3 x 3 cells at a random place, and of each cell a patch at a random place: relative location's nine.
-
-    A cell is `gap` pixels wider than a patch, so neighbours lie 0 to 2 x `gap` apart. The patches come back side by
-    side as ONE picture of 3 x `patch` pixels: what stage two draws for an image, all nine of them share.
-    """
-
-    patch: int
-    gap: int
-
-    def boxes(self, width: int, height: int, rng: random.Random) -> list[tuple[int, int, int, int]]:
-        """Draw the nine (left, top, right, bottom), row by row."""
-        cell = self.patch + self.gap
-        if min(width, height) < 3 * cell:
-            raise InputError(f"Nine patches of {self.patch} px with gaps of {self.gap} need an image of {3 * cell} px, "
-                             f"and this one has {min(width, height)}; make them smaller, or the image larger.")
-        left, top = rng.randint(0, width - 3 * cell), rng.randint(0, height - 3 * cell)
-        corners = [(left + c * cell + rng.randint(0, self.gap), top + r * cell + rng.randint(0, self.gap))
-                   for r in range(3) for c in range(3)]
-        return [(x, y, x + self.patch, y + self.patch) for x, y in corners]
-
-    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        mosaic = Image.new("RGB", (3 * self.patch, 3 * self.patch))
-        for place, box in enumerate(self.boxes(*image.size, rng)):
-            mosaic.paste(image.crop(box), (place % 3 * self.patch, place // 3 * self.patch))
-        return mosaic
 
 
 # ---------------------------------------------------------------- stage two: photometry, the whole batch at once
@@ -262,15 +149,18 @@ class Normalize(BatchOp):
 
 
 class View:
-    """One way of looking at an image: ops in order, geometry first; `count` independent draws of it."""
+    """One way of looking at an image: ops in order, geometry first; `count` independent draws of it.
 
-    def __init__(self, *ops: ImageOp | BatchOp, count: int = 1):
+    An `aligned` view draws what the view before it drew: with the same ops at another size it is the same crop.
+    """
+
+    def __init__(self, *ops: ImageOp | BatchOp, count: int = 1, aligned: bool = False):
         split = next((i for i, op in enumerate(ops) if isinstance(op, BatchOp)), len(ops))
         late = [type(op).__name__ for op in ops[split:] if isinstance(op, ImageOp)]
         if late:
             raise InputError(f"View: {late[0]} works on single images and must come before "
                              f"{type(ops[split]).__name__}, which works on the batch; put the geometry first.")
-        self.image_ops, self.batch_ops, self.count = ops[:split], ops[split:], count
+        self.image_ops, self.batch_ops, self.count, self.aligned = ops[:split], ops[split:], count, aligned
 
     def crop(self, image: Image.Image, rng: random.Random) -> Tensor:
         """PIL RGB -> uint8 (3, h, w)."""
@@ -303,12 +193,21 @@ class Views:
 
     def crop(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
         """PIL RGB -> one uint8 tensor (3, h, w) per view."""
-        return [view.crop(image, rng) for view in self.views]
+        crops, start = [], rng.getstate()
+        for view in self.views:
+            if view.aligned:
+                rng.setstate(start)
+            start = rng.getstate()
+            crops.append(view.crop(image, rng))
+        return crops
 
     def photometric(self, crops: list[Tensor], seeds: Tensor) -> list[Tensor]:
         """uint8 batches (B, 3, h, w) and the images' seeds (B,) -> one float batch per view."""
-        return [view.photometric(x, Draws(seeds, stream=v)) for v, (view, x) in
-                enumerate(zip(self.views, crops, strict=True))]
+        batches, stream = [], 0
+        for v, (view, x) in enumerate(zip(self.views, crops, strict=True)):
+            stream = stream if view.aligned else v
+            batches.append(view.photometric(x, Draws(seeds, stream)))
+        return batches
 
     def __call__(self, images: list[Image.Image], seed: int = 0) -> list[Tensor]:
         """Views of a few PIL images for looking and trying: one float batch (B, 3, h, w) per view."""
@@ -324,10 +223,3 @@ def _on_some(x: Tensor, on: Tensor, op, *parameters: Tensor) -> Tensor:
         return x
     chosen = chosen.to(x.device, non_blocking=True)
     return x.index_copy(0, chosen, op(x[chosen], *(p.to(x.device, non_blocking=True)[chosen] for p in parameters)))
-
-
-def _resampling(name: str) -> Image.Resampling:
-    try:
-        return Image.Resampling[name.upper()]
-    except KeyError:
-        raise InputError(f"Unknown interpolation {name!r}: use bilinear, bicubic, lanczos or nearest.") from None

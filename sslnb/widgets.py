@@ -60,12 +60,11 @@ def reconstructions(method, images: torch.Tensor, normalize, seed: int = 0):
 
     A clicked patch is hidden or shown again in every image. Headless: the static figure.
     """
-    length = method.backbone.patch_embed.num_patches
+    length = (images.shape[-1] // method.patch) ** 2
     noise = torch.rand(len(images), length, generator=torch.Generator().manual_seed(seed))
 
     def draw(mask_ratio: float) -> Figure:
-        method.mask_ratio = mask_ratio
-        return figures.reconstructions(method, images, noise, normalize)
+        return figures.reconstructions(method, images, masking.random_mask(noise, mask_ratio), normalize)
 
     if not interactive():
         return draw(method.mask_ratio)
@@ -84,14 +83,14 @@ def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio:
     image = _image()
 
     def redraw(_=None) -> None:
-        mask = masking.random_mask(noise[:1], slider.value)[2][0]
+        mask = masking.random_mask(noise[:1], slider.value)[0]
         for tile, hidden in zip(tiles, mask.tolist(), strict=True):
             tile.style.button_color = "#444444" if hidden else "#E8E8E8"
             tile.tooltip = "hidden" if hidden else "visible"
         image.value = _png(draw(slider.value))
 
     def click(place: int) -> None:
-        mask = masking.random_mask(noise[:1], slider.value)[2][0]
+        mask = masking.random_mask(noise[:1], slider.value)[0]
         hidden = mask[place] > 0
         visible = length - int(mask.sum()) + (1 if hidden else -1)
         if not 0 < visible < length:

@@ -14,7 +14,8 @@ from torch import nn
 
 from sslnb import Run, losses, methods, parts, pretrain
 from sslnb.losses import nt_xent
-from sslnb.methods import mae, npid
+from sslnb.methods import npid
+from sslnb.methods.base import Masked
 
 pytestmark = pytest.mark.distributed
 METHODS = list(methods.METHODS)
@@ -33,7 +34,10 @@ def built(name):
     method = smooth(recipe.build().train())
     torch.manual_seed(1)
     views = [torch.randn(N, 3, recipe.size, recipe.size) for _ in method.views(recipe.size).views]
-    return method, views, {"noise": torch.rand(N, 49), "numbers": torch.randint(100, (N, 256))}
+    draws = {"numbers": torch.randint(100, (N, 256))}
+    if isinstance(method, Masked):
+        draws["mask"] = method.draw_mask(N)
+    return method, views, draws
 
 
 def smooth(module):
@@ -43,9 +47,10 @@ def smooth(module):
     return module
 
 
-def fix_draws(draws, rows):
+def fix_draws(method, draws, rows):
     """What a method draws inside its forward, the same for an image whichever process it is on."""
-    mae.random_noise = lambda *_: draws["noise"][rows]
+    if "mask" in draws:
+        method.draw_mask = lambda *_: draws["mask"][rows]
     npid.random_images = lambda *_: draws["numbers"][rows]
 
 
@@ -57,7 +62,7 @@ def method_worker(rank, world, store, name, out):
     connect(rank, world, store)
     method, views, draws = built(name)
     mine = slice(rank * N // world, (rank + 1) * N // world)
-    fix_draws(draws, mine)
+    fix_draws(method, draws, mine)
     if method.sync_bn:
         parts.sync_batchnorm(method, cuda=False)
     model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
@@ -73,9 +78,8 @@ def method_worker(rank, world, store, name, out):
 def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, monkeypatch, name, world):
     mp.spawn(method_worker, (world, tmp_path / "store", name, tmp_path / "out.pt"), nprocs=world)
     method, views, draws = built(name)
-    monkeypatch.setattr(mae, "random_noise", mae.random_noise)  # puts back afterwards what is replaced now
-    monkeypatch.setattr(npid, "random_images", npid.random_images)
-    fix_draws(draws, slice(None))
+    monkeypatch.setattr(npid, "random_images", npid.random_images)  # puts back afterwards what is replaced now
+    fix_draws(method, draws, slice(None))
     method(views, torch.arange(N))["loss"].backward()
     there = torch.load(tmp_path / "out.pt", weights_only=True)
     for key, grad in gradients(method).items():

@@ -156,3 +156,22 @@ def test_the_device_does_not_change_the_views(pictures):
     views = V.Views(V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Blur(0.5), V.Normalize()))
     x, seeds = (pictures * 255).byte(), torch.arange(len(pictures))
     assert torch.allclose(views.photometric([x], seeds)[0], views.photometric([x.cuda()], seeds)[0].cpu(), atol=1e-4)
+
+
+def test_an_aligned_view_is_the_same_crop_at_another_size():
+    box = dict(scale=(0.2, 0.5), interpolation="nearest")
+    jitter = V.ColorJitter(0.8, 0.8, 0.8, 0.0, p=1.0)
+
+    def both(aligned):
+        return V.Views(V.View(V.RandomResizedCrop(32, **box), V.HorizontalFlip(), jitter),
+                       V.View(V.RandomResizedCrop(16, **box), V.HorizontalFlip(), jitter, aligned=aligned))
+
+    images = [Image.fromarray(x) for x in photos("train")[0][:4]]
+    large, small = both(True)(images, seed=3)
+    assert large.shape[-1] == 32 and small.shape[-1] == 16
+    assert (torch.nn.functional.avg_pool2d(large, 2) - small).abs().mean() < 0.1  # nearest pixels of one crop
+    large, other = both(False)(images, seed=3)
+    assert (torch.nn.functional.avg_pool2d(large, 2) - other).abs().mean() > 0.15
+    flat = [Image.new("RGB", (64, 64), (90, 140, 60))]  # of one colour: what jitter did to it must be the same
+    large, small = both(True)(flat, seed=3)
+    assert torch.allclose(large[..., :1, :1], small[..., :1, :1], atol=1e-6)

@@ -6,6 +6,7 @@ import torch
 
 from ..errors import InputError
 from ..masking import upsample_mask
+from ..methods.base import Masked
 from .pixels import read
 
 
@@ -26,12 +27,12 @@ def masked_psnr(run, images, *, limit: int = 1000, batch: int = 250, seed: int =
     standardised patches, since their brightness would have to be taken from the truth that is to be guessed.
     """
     method = run.method()
-    if not hasattr(method, "reconstruct"):
+    if not isinstance(method, Masked):
         raise InputError(f"{run.recipe.method} paints no pixels, so there is nothing to measure; use the run of a "
                          "masked-image method.")
-    if method.norm_pix:
-        raise InputError("This run predicts standardised patches (norm_pix); their PSNR would borrow brightness and "
-                         "contrast from the hidden truth. Measure a run with norm_pix=False.")
+    if method.borrows:
+        raise InputError(f"In pictures of what this run of {run.recipe.method} predicts, {method.borrows} taken from "
+                         "the hidden truth, so their PSNR would not be the model's; measure one that predicts pixels.")
     normalize = method.views(run.recipe.size).normalize
     generator = torch.Generator().manual_seed(seed)
     errors = torch.zeros(2)
@@ -40,12 +41,11 @@ def masked_psnr(run, images, *, limit: int = 1000, batch: int = 250, seed: int =
         pixels, kept, _ = read(images, indices.tolist(), run.recipe.size)
         truth = pixels.float() / 255
         x = normalize.apply(truth)
-        noise = torch.rand(len(x), method.backbone.patch_embed.num_patches, generator=generator)
-        prediction, mask = method.reconstruct(x, noise)
+        mask = method.draw_mask(len(x), generator)
         hole = upsample_mask(mask, method.patch)
         visible = 1 - hole
         mean = (truth * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
-        for i, painted in enumerate((normalize.undo(method.to_image(prediction, x)), mean)):
+        for i, painted in enumerate((normalize.undo(method.to_image(method.reconstruct(x, mask), x)), mean)):
             errors[i] += ((painted - truth) ** 2 * hole).sum()
         removed += int(hole.sum()) * truth.shape[1]
         count += len(kept)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+import torch
+from torch import Generator, Tensor, nn
 
 from ..optim import decay_groups
 from ..views import Views
@@ -58,3 +59,42 @@ class Method(nn.Module):
     def snapshot(self, views: list[Tensor]) -> dict[str, Tensor]:
         """Figures' tensors on a few fixed images, saved as training goes on; {} if there is nothing to look at."""
         return {}
+
+
+class Masked(Method):
+    """What figures, explorers and measurements may ask of a method that hides a part of every image.
+
+    Images (B, 3, H, W) are normalised; a mask (B, L) has a 1 for every removed cell of `patch` x `patch` pixels.
+    """
+
+    patch: int
+
+    borrows = ""
+    """What `to_image` takes from the hidden truth, in words: "brightness and contrast are"; "" if nothing."""
+
+    def draw_mask(self, batch: int, generator: Generator | None = None) -> Tensor:
+        """Masks (batch, L) as training draws them, on the CPU."""
+        raise NotImplementedError
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The network's prediction, everywhere, in the form that `target` has."""
+        raise NotImplementedError
+
+    def target(self, images: Tensor) -> Tensor:
+        """What the loss compares the prediction to."""
+        raise NotImplementedError
+
+    def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
+        """A prediction, or a target, as normalised pictures (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def seen(self, images: Tensor, mask: Tensor) -> Tensor | None:
+        """The input as the network gets it, if its holes are painted; None if nothing is let in where it is hidden."""
+        return None
+
+    def snapshot(self, views: list[Tensor]) -> dict[str, Tensor]:
+        images = views[0]
+        # The same masks every time, so that the film shows learning only.
+        mask = self.draw_mask(len(images), torch.Generator().manual_seed(0)).to(images.device)
+        painted = self.to_image(self.reconstruct(images, mask), images)
+        return {"images": images, "mask": mask, "reconstruction": painted}

@@ -11,17 +11,18 @@ with more than one dimension (class and mask token included), Xavier initialisat
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from ..backbones import encode_visible, need_vit, sincos_position
-from ..masking import check_mask_ratio, patchify, random_mask, random_noise, unpatchify
+from ..losses import masked_mean
+from ..masking import check_mask_ratio, patchify, random_mask, unpatchify, visible_first
 from ..parts import full_precision
 from ..recipes import Recipe
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
-from .base import Method
+from .base import Masked
 
 
-class MAE(Method):
+class MAE(Masked):
     def __init__(self, backbone: nn.Module, *, mask_ratio: float = 0.75, decoder_dim: int = 512, decoder_depth: int = 8,
                  decoder_heads: int = 16, norm_pix: bool = True, crop: tuple[float, float] = (0.2, 1.0),
                  flip: float = 0.5):
@@ -43,14 +44,22 @@ class MAE(Method):
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         (images,) = views
-        noise = random_noise(len(images), self.backbone.patch_embed.num_patches, images.device)
-        prediction, mask = self.reconstruct(images, noise)
+        mask = self.draw_mask(len(images))
+        prediction, mask = self.reconstruct(images, mask), mask.to(images.device)
         return {"loss": self.loss(prediction, self.target(images), mask), "prediction": prediction, "mask": mask}
 
-    def reconstruct(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """-> the prediction for every patch (B, L, patch²·3) and the mask (B, L), 1 = removed."""
-        keep, restore, mask = random_mask(noise, self.mask_ratio)
-        return self.decoder(encode_visible(self.backbone, images, keep), restore), mask
+    @property
+    def borrows(self) -> str:
+        return "brightness and contrast of each patch are" if self.norm_pix else ""
+
+    def draw_mask(self, batch: int, generator: Generator | None = None) -> Tensor:
+        noise = torch.rand(batch, self.backbone.patch_embed.num_patches, generator=generator)
+        return random_mask(noise, self.mask_ratio)
+
+    def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
+        """-> the prediction for every patch, hidden or not (B, L, patch²·3)."""
+        keep, restore = (i.to(images.device) for i in visible_first(mask))
+        return self.decoder(encode_visible(self.backbone, images, keep), restore)
 
     @full_precision
     def target(self, images: Tensor) -> Tensor:
@@ -62,7 +71,7 @@ class MAE(Method):
 
     @full_precision
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        return (((prediction - target) ** 2).mean(-1) * mask).sum() / mask.sum()
+        return masked_mean(((prediction - target) ** 2).mean(-1), mask)
 
     def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
         """Predicted patches -> normalised images (B, 3, H, W).
@@ -74,13 +83,6 @@ class MAE(Method):
             x = patchify(images, self.patch)
             prediction = prediction * (x.var(-1, keepdim=True) + 1e-6).sqrt() + x.mean(-1, keepdim=True)
         return unpatchify(prediction.float(), self.patch)
-
-    def snapshot(self, views: list[Tensor]) -> dict[str, Tensor]:
-        (images,) = views
-        generator = torch.Generator().manual_seed(0)  # the same masks every time, so that the film shows learning only
-        noise = torch.rand(len(images), self.backbone.patch_embed.num_patches, generator=generator).to(images.device)
-        prediction, mask = self.reconstruct(images, noise)
-        return {"images": images, "mask": mask, "reconstruction": self.to_image(prediction, images)}
 
 
 class Decoder(nn.Module):
