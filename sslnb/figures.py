@@ -239,7 +239,8 @@ def dictionary(similarity: Tensor, batch: int, title: str = "") -> Figure:
         ax.set_yticks(range(n) if ax is own else [])
     own.set(xticks=[], ylabel="query")
     own.set_title("own key", fontsize=9)
-    queue.set_xticks([x - 0.5 for x in range(0, K + 1, batch)], [f"{x // batch}" for x in range(0, K + 1, batch)])
+    ticks = range(0, K + 1, batch * max(1, K // batch // 10))
+    queue.set_xticks([x - 0.5 for x in ticks], [f"{x // batch}" for x in ticks])
     queue.set(xlabel="age of the keys in the queue (steps)")
     fig.colorbar(shown, ax=queue, label="cosine")
     return fig
@@ -256,21 +257,22 @@ def masked(images: Tensor, mask: Tensor, patch: int) -> Tensor:
     return images * (1 - hole) + MASKED * hole
 
 
-def reconstructions(method, images: Tensor, noise: Tensor, normalize, title: str = "") -> Figure:
+def reconstructions(method, images: Tensor, mask: Tensor, normalize, title: str = "") -> Figure:
     """Rows: image, what the encoder sees, the prediction, and the prediction pasted into the visible patches.
 
-    images (B, 3, H, W) normalised; noise (B, L) decides the mask, so one noise with a growing ratio nests the masks.
+    images (B, 3, H, W) normalised, mask (B, L).
     """
     from .masking import upsample_mask
 
     with torch.no_grad():
-        prediction, mask = method.reconstruct(images, noise)
-        painted = normalize.undo(method.to_image(prediction, images))
+        painted = normalize.undo(method.to_image(method.reconstruct(images, mask), images))
+        seen = method.seen(images, mask)
     truth, hole = normalize.undo(images), upsample_mask(mask, method.patch)
     pasted = truth * (1 - hole) + painted * hole
-    rows = [list(truth), list(masked(truth, mask, method.patch)), list(painted), list(pasted)]
+    encoder_sees = masked(truth, mask, method.patch) if seen is None else normalize.undo(seen)
+    rows = [list(truth), list(encoder_sees), list(painted), list(pasted)]
     db = psnr(painted, truth, hole)
-    leak = "; brightness and contrast of each patch are taken from the truth" if method.norm_pix else ""
+    leak = f"; {method.borrows} taken from the truth" if method.borrows else ""
     return grid(rows, ["image", "encoder sees", "prediction", "pasted"],
                 title or f"{int(mask[0].sum())} of {mask.shape[1]} patches removed, {db:.1f} dB on them{leak}")
 
@@ -293,3 +295,33 @@ def psnr(painted: Tensor, truth: Tensor, hole: Tensor) -> float:
     """Peak signal-to-noise ratio in dB on the removed pixels; images in [0, 1], hole (B, 1, H, W)."""
     error = ((painted - truth) ** 2 * hole).sum() / (hole.sum() * truth.shape[1])
     return float(-10 * torch.log10(error))
+
+
+# ---------------------------------------------------------------- cells
+
+
+def matches(x1: Tensor, x2: Tensor, found: Mapping[str, Tensor], true: Tensor, shown: Tensor,
+            title: str = "") -> Figure:
+    """Two views of each image, the second half a picture lower, joined cell by cell; one row per entry of `found`.
+
+    x1, x2 (n, 3, H, W) in [0, 1]; found[name] and true (n, S²): numbers of cells of view 2, row by row; shown (n, m):
+    the cells of view 1 to join. Solid blue: as in `true`. Dashed orange: elsewhere.
+    """
+    n, size, side = len(x1), x1.shape[-1], round(true.shape[1] ** 0.5)
+    fig, axes = _figure(len(found), n, 2.5 * n, 1.75 * len(found) + 0.4, title)
+    down, right = size // 2, size + size // 5  # where view 2 lies
+    pairs = torch.ones(n, 3, down + size, right + size)
+    pairs[:, :, :size, :size], pairs[:, :, down:, right:] = x1, x2
+    for line, (name, to) in zip(axes, found.items(), strict=True):
+        for i, ax in enumerate(line):
+            ax.imshow(picture(pairs[i]), interpolation="nearest", vmin=0, vmax=1)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            for s in shown[i].tolist():
+                ends = torch.tensor([divmod(s, side), divmod(int(to[i, s]), side)])  # (row, column) in either view
+                y, x = ((ends + 0.5) * size / side - 0.5).unbind(1)
+                color, style = (COLORS[5], "-") if to[i, s] == true[i, s] else (COLORS[4], "--")
+                ax.plot(x + torch.tensor([0, right]), y + torch.tensor([0, down]), color=color, ls=style,
+                        marker="o", ms=3, lw=1.3)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+    return fig
