@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -278,17 +279,31 @@ def reconstructions(method, images: Tensor, mask: Tensor, normalize, title: str 
 
 
 def film(run, count: int = 6) -> Figure:
-    """The run's snapshots: the same images under the same masks while training goes on."""
+    """The run's snapshots: the same images under the same masks while training goes on.
+
+    Also written into the run directory: this strip as film.png, and film.gif, in which the pictures become sharper.
+    """
     snaps = run.snapshots()
     normalize = run.recipe.build().views(run.recipe.size).normalize
     patch = snaps[0][1]["images"].shape[-1] // round(snaps[0][1]["mask"].shape[1] ** 0.5)
     first = snaps[0][1]
     truth = normalize.undo(first["images"][:count])
-    rows, names = [list(truth), list(masked(truth, first["mask"][:count], patch))], ["image", "encoder sees"]
-    for step, tensors in snaps:
-        rows.append(list(normalize.undo(tensors["reconstruction"][:count])))
-        names.append(f"step {step}")
-    return grid(rows, names, title="The same masks while training goes on", size=0.75)
+    seen = masked(truth, first["mask"][:count], patch)
+    painted = [normalize.undo(tensors["reconstruction"][:count]) for _, tensors in snaps]
+    rows, names = [list(truth), list(seen), *map(list, painted)], ["image", "encoder sees"]
+    fig = grid(rows, [*names, *(f"step {step}" for step, _ in snaps)], title="The same masks while training goes on",
+               size=0.75)
+    fig.savefig(run.path / "film.png", dpi=150, facecolor="white")
+    _gif([torch.cat([truth, seen, x], 2) for x in painted], run.path / "film.gif")
+    return fig
+
+
+def _gif(frames: Sequence[Tensor], path, height: int = 400) -> None:
+    """Pictures (n, 3, H, W) in [0, 1] side by side, one frame after the other; the last one stays for a while."""
+    scale = max(1, height // frames[0].shape[2])
+    pages = [Image.fromarray((255 * picture(torch.cat(list(f), 2))).astype(np.uint8)) for f in frames]
+    pages = [page.resize((page.width * scale, page.height * scale), Image.Resampling.NEAREST) for page in pages]
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=[400] * (len(pages) - 1) + [2000], loop=0)
 
 
 def psnr(painted: Tensor, truth: Tensor, hole: Tensor) -> float:

@@ -341,6 +341,15 @@ def test_a_film_has_a_row_per_snapshot(runs):
     fig = figures.film(runs["mae"], count=3)
     assert len(snapshots) >= 2 and len(fig.axes) == (2 + len(snapshots)) * 3
     assert fig.axes[-3].get_ylabel() == f"step {snapshots[-1][0]}"
+    with Image.open(runs["mae"].path / "film.gif") as gif:  # image, input and painting above each other, three images
+        assert gif.n_frames == len(snapshots) and gif.width == gif.height >= 3 * 28
+        first = np.asarray(gif.convert("RGB")).astype(int)
+        gif.seek(gif.n_frames - 1)
+        last = np.asarray(gif.convert("RGB")).astype(int)
+    third = len(first) // 3
+    change = np.abs(first - last).mean((1, 2))
+    assert change[2 * third:].mean() > 5 > change[:2 * third].mean()  # only the paintings change
+    assert (runs["mae"].path / "film.png").stat().st_size > 1000
 
 
 def test_reconstructions_say_how_many_patches_and_how_good(mae, clothes):
