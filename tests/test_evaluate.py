@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from sslnb import backbones
 from sslnb.errors import InputError
-from sslnb.evaluate import PROTOCOLS, Outcome, evaluate, interval, mean_interval, table
+from sslnb.evaluate import PROTOCOLS, Outcome, Subject, evaluate, finetune, interval, mean_interval, table
 from sslnb.evaluate.collapse import alignment, diagnose, effective_rank, feature_std, panel, uniformity
 from sslnb.evaluate.features import calibrated, extract, raw_pixels, to_batch
 from sslnb.evaluate.knn import weighted_knn
@@ -655,3 +656,50 @@ def test_import_is_cheap():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).parent.parent)
     assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- a few labels
+
+
+@pytest.fixture(scope="module")
+def stripes():
+    """Classes that only a network can tell apart quickly: stripes of three directions under noise."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:16, :16]
+    waves = (x, y, x + y)
+
+    def draw(n):
+        labels = np.arange(n) % 3
+        phase = rng.uniform(0, 6, n)
+        pixels = np.stack([np.sin(waves[c] * 1.5 + p) for c, p in zip(labels, phase)]) + rng.normal(0, 0.5, (n, 16, 16))
+        grey = (127 + 50 * pixels).clip(0, 255).astype(np.uint8)
+        return Pictures(grey[..., None].repeat(3, 3), labels, name="stripes")
+
+    return draw
+
+
+def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes):
+    train, test = stripes(75), stripes(60)
+    torch.manual_seed(0)
+    backbone = backbones.build("resnet_mini", 16)
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    subject = Subject("mini", backbone, 16)
+    torch.manual_seed(5)
+    predictions, labels, more = finetune.few_labels(subject, train, test, seed=0)
+    assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(5)), "the caller's random state moved"
+    assert labels.tolist() == test.labels.tolist() and more["labels"] == 30 and more["lr"] in finetune.LRS
+    assert (predictions == labels).float().mean() > 0.8
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+    again, _, _ = finetune.few_labels(subject, train, test, seed=0)
+    assert torch.equal(again, predictions)
+
+
+def test_too_few_images_of_a_class_are_named(stripes):
+    images = stripes(45)
+    subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
+    with pytest.raises(InputError, match="Class 0 of stripes has 15 training images, .* needs 20"):
+        finetune.few_labels(subject, images, images, seed=0)
+
+
+def test_raw_pixels_have_nothing_to_tune():
+    assert PROTOCOLS["few_labels"](Subject("raw pixels", None, 16), None, None, 0) is None

@@ -1,4 +1,4 @@
-"""Evaluation of frozen features: kNN and linear probe, always beside an untrained network and raw pixels.
+"""Evaluation: kNN, linear probe and a few labels, always beside an untrained network and raw pixels.
 
     from sslnb.evaluate import evaluate, table
     print(table(evaluate("runs/simclr")))
@@ -16,6 +16,7 @@ import torch
 from ..errors import unknown
 from ..reading import loader_workers
 from ..run import append_jsonl, versions
+from . import finetune
 from .knn import weighted_knn
 from .linear import linear_probe
 from .results import interval, mean_interval, table
@@ -53,7 +54,15 @@ def _linear(subject: Subject, train, test, seed: int) -> Outcome:
                    {"lr": probe.lr, "at_edge": probe.at_edge, "broken": broken})
 
 
-PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _linear}
+def _few_labels(subject: Subject, train, test, seed: int) -> Outcome | None:
+    if subject.backbone is None:
+        return None  # raw pixels have no weights to tune
+    predictions, labels, more = finetune.few_labels(subject, train, test, seed)
+    correct = int((predictions == labels).sum())
+    return Outcome(f"fine-tune {finetune.LABELS} labels per class", correct, len(labels), more)
+
+
+PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _linear, "few_labels": _few_labels}
 
 
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,
@@ -61,6 +70,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
              device: str | torch.device = "auto", workers: int | str = "auto") -> list[dict]:
     """Evaluate features; one dict per (features, protocol), accuracies and their 95 % intervals in %.
 
+    `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on ten images per class, for which
+    "random initialisation" means training from scratch.
     `source`: a Run, the path of a run directory, or a timm name (random weights). `data`: a name or folder
     for `sslnb.data.load`, or a pair (train, test) of loaded images; default: what the run was trained on,
     else "digits_scattered". `baselines` adds "random initialisation" (BatchNorm statistics calibrated) and
