@@ -58,30 +58,39 @@ def gradients(module):
     return {k.removeprefix("module."): p.grad for k, p in module.named_parameters() if p.grad is not None}
 
 
-def method_worker(rank, world, store, name, out):
-    connect(rank, world, store)
-    method, views, draws = built(name)
+def methods_worker(rank, world, folder):
+    """Every method, one after the other: starting processes takes far longer than a backward pass."""
+    connect(rank, world, folder / "store")
     mine = slice(rank * N // world, (rank + 1) * N // world)
-    fix_draws(method, draws, mine)
-    if method.sync_bn:
-        parts.sync_batchnorm(method, cuda=False)
-    model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
-    model([v[mine] for v in views], torch.arange(N)[mine])["loss"].backward()
-    if rank == 0:
-        torch.save({"grad": gradients(model), "buffers": dict(method.named_buffers())}, out)
+    for name in METHODS:
+        print(f"{name} on {world} processes")  # pytest shows it if this ends in an error
+        method, views, draws = built(name)
+        fix_draws(method, draws, mine)
+        if method.sync_bn:
+            parts.sync_batchnorm(method, cuda=False)
+        model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
+        model([v[mine] for v in views], torch.arange(N)[mine])["loss"].backward()
+        if rank == 0:
+            torch.save({"grad": gradients(model), "buffers": dict(method.named_buffers())}, folder / f"{name}.pt")
     dist.barrier()  # a process that leaves early takes the connections of the others with it
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.fixture(scope="module", params=[2, 4], ids=lambda world: f"{world} processes")
+def together(request, tmp_path_factory):
+    """A folder with the gradient and buffers of every method, as several processes have them."""
+    folder = tmp_path_factory.mktemp("together")
+    mp.spawn(methods_worker, (request.param, folder), nprocs=request.param)
+    return folder
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_the_gradient_of_several_processes_is_that_of_one(tmp_path, monkeypatch, name, world):
-    mp.spawn(method_worker, (world, tmp_path / "store", name, tmp_path / "out.pt"), nprocs=world)
+def test_the_gradient_of_several_processes_is_that_of_one(together, monkeypatch, name):
     method, views, draws = built(name)
     monkeypatch.setattr(npid, "random_images", npid.random_images)  # puts back afterwards what is replaced now
     fix_draws(method, draws, slice(None))
     method(views, torch.arange(N))["loss"].backward()
-    there = torch.load(tmp_path / "out.pt", weights_only=True)
+    there = torch.load(together / f"{name}.pt", weights_only=True)
     for key, grad in gradients(method).items():
         worst = (grad - there["grad"][key]).abs().max()
         assert worst < 2e-4 * grad.abs().max() + 2e-6, f"{key}: off by {worst:.2g} of {grad.abs().max():.2g}"
