@@ -1,6 +1,8 @@
 """MoCo v1 and v2: the dictionary look-up, the queue, the slow key encoder, and batch norm that gives nothing away."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -269,3 +271,37 @@ def test_processes_agree_on_the_order_and_get_their_own_rows_back(tmp_path):
     assert torch.equal(torch.cat(dealt)[:, 0], everyone[order[0]]), "every row once, among all processes"
     assert torch.equal(torch.cat(back)[:, 0], -everyone)
     assert all(torch.equal(keys[:, 0], everyone) for keys in queue), "the same queue everywhere, in the order of ranks"
+
+
+# ---------------------------------------------------------------- at full size
+
+
+MEASURE = """
+import resource, time, torch
+from sslnb.losses import info_nce, look_up
+from sslnb.parts import Queue, normalized
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+draw = lambda: normalized(torch.randn(256, 128))
+info_nce(look_up(draw().requires_grad_(), draw(), draw(), 0.07)).backward()  # what torch itself needs
+start = peak()
+queue = Queue(128, 65_536)
+for _ in range(255):
+    queue.enqueue(draw())
+for _ in range(2):  # once around, and one batch more
+    q, k, began = draw().requires_grad_(), draw(), time.time()
+    info_nce(look_up(q, k, queue(), 0.07)).backward()
+    queue.enqueue(k)
+    ms = 1000 * (time.time() - began)
+assert queue.place == 256 and queue.keys[:256].equal(k)
+print(peak() - start, ms)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_queue_at_full_size():
+    """65,536 keys are 34 MB and the logits of 256 queries 67 MB; twice the queue and some copies of the logits fit."""
+    printed = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
+    peak, ms = map(float, printed.split())
+    print(f"DEMO queue of 65,536 keys, 256 queries on a CPU: {ms:.0f} ms per look-up and step, {1000 * peak:.0f} MB")
+    assert 0.1 < peak < 0.45, printed

@@ -246,6 +246,30 @@ def test_the_zoos_row_is_the_real_model():
     assert ZOO.on(16).accum == 4, "the zoo accumulates; that it is forced is in the row's note"
 
 
+@pytest.mark.slow
+def test_the_memory_of_eight_crops_at_full_size():
+    """What backward keeps of one image: SwAV's notebook says 255 MiB for eight crops, 164 for the two large ones."""
+    def kept(sizes):
+        parameters = {p.untyped_storage().data_ptr() for p in method.parameters()}
+        storages = {}
+
+        def note(x):
+            if x.untyped_storage().data_ptr() not in parameters:
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no address comes twice
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            loss = method([torch.randn(2, 3, s, s) for s in sizes])["loss"]
+        loss.backward()
+        assert loss.isfinite() and method.prototypes.weight.grad.isfinite().all()
+        return sum(s.nbytes() for s in storages.values()) / 2 / 2**20
+
+    method = ZOO.build()
+    both, large = kept([224] * 2 + [96] * 6), kept([224] * 2)
+    print(f"DEMO SwAV at full size keeps {both:.0f} MiB per image for eight crops, {large:.0f} for two")
+    assert both == pytest.approx(255, rel=0.05) and large == pytest.approx(164, rel=0.05)
+
+
 def test_the_real_backbone_starts_with_its_residual_branches_on():
     """LARS does not adapt a tensor that is zero, and this recipe excludes none: it would get the bare lr of 9.6."""
     recipe = methods.recipes("swav")["demo"].with_(backbone="resnet18", backbone_numbers=ZOO.backbone_numbers)
