@@ -42,7 +42,7 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
     if not timm.is_model(base):
         near = [m for m in timm.list_models() if m.split("_")[0][:3] == name[:3]]
         unknown("backbone", name, [*MINI, "resnet50", "vit_base_patch16_224", *near][:20])
-    arguments = {**mini, **arguments, "num_classes": 0}
+    arguments = {**mini, **arguments, "num_classes": 0, "pretrained_cfg_overlay": {"input_size": (3, size, size)}}
     if base.startswith(("vit", "deit", "beit", "swin")):
         patch = arguments.get("patch_size") or _patch_in(base)
         if patch and size % patch:
@@ -67,10 +67,15 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
     return model
 
 
+def image_size(backbone: nn.Module) -> int:
+    """The side of the images that a backbone was built for."""
+    return backbone.pretrained_cfg["input_size"][-1]
+
+
 def need_vit(backbone: nn.Module, method: str) -> None:
     """One sentence for a method that works on patches and got a backbone without them."""
     if not hasattr(backbone, "patch_embed") or not hasattr(backbone, "cls_token"):
-        raise InputError(f"{method} needs a vision transformer, whose patches it can drop, and "
+        raise InputError(f"{method} needs a vision transformer, whose patches it can hide, and "
                          f"{type(backbone).__name__} is none; use vit_mini or vit_base_patch16_224, for example.")
 
 
@@ -127,6 +132,24 @@ def last_map(backbone: nn.Module, x: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(len(y), -1, side, side)
 
 
+@torch.no_grad()
+def class_attention(vit: nn.Module, images: Tensor, block: int = -1) -> Tensor:
+    """Where a ViT's class token looks in a block: (B, 3, H, W) -> (B, heads, L), shares of the patches, row by row.
+
+    They sum to less than 1: the rest is the token's look at itself.
+    """
+    attention, found = vit.blocks[block].attn, []
+    fused = attention.fused_attn
+    attention.fused_attn = False  # the fused kernel keeps the shares to itself
+    handle = attention.attn_drop.register_forward_hook(lambda _, inputs, output: found.append(inputs[0]))
+    try:
+        vit(images)
+    finally:
+        handle.remove()
+        attention.fused_attn = fused
+    return found[0][:, :, 0, vit.num_prefix_tokens:]
+
+
 def encode_visible(vit: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
     """Run a timm ViT on the visible patches ONLY: images (B, 3, H, W), keep (B, K) -> (B, 1 + K, D), class token first.
 
@@ -161,6 +184,36 @@ def mask_enters(module: nn.Module, change: Callable[[Tensor], Tensor], before: b
         yield
     finally:
         handle.remove()
+
+
+def token_entrance(backbone: nn.Module, layer: int | None, method: str) -> tuple[str, bool]:
+    """The name of the part of a ViT or ResNet where a mask token may enter, and whether before it: (name, before).
+
+    A ViT has one such place, after its patch embedding; a ResNet one before each stage, None means the last.
+    """
+    vit = hasattr(backbone, "patch_embed") and hasattr(backbone, "cls_token")
+    stages = ["patch_embed"] if vit else [f"layer{i}" for i in (1, 2, 3, 4) if len(getattr(backbone, f"layer{i}", ()))]
+    kind = type(backbone).__name__
+    if not stages:
+        raise InputError(f"{method} needs a ResNet or a vision transformer with a class token, and {kind} is neither; "
+                         "use resnet50 or beit_base_patch16_224, for example.")
+    layer = len(stages) - 1 if layer is None else layer
+    if not 0 <= layer < len(stages):
+        raise InputError(f"mask_layer {layer} is impossible: the token can enter a {kind} in {len(stages)} place(s) "
+                         f"here; use a number from 0 to {len(stages) - 1}.")
+    return stages[layer], not vit
+
+
+@torch.no_grad()
+def token_map(backbone: nn.Module, part: str, before: bool) -> tuple[int, int, int]:
+    """Channels where the token enters, pixels of a cell there, and pixels of a cell of the last map."""
+    found, training, size = [], backbone.training, image_size(backbone)
+    images = torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device)
+    with mask_enters(getattr(backbone, part), lambda x: found.append(x) or x, before):
+        last = last_map(backbone.eval(), images)
+    backbone.train(training)
+    x = found[0] if before else found[0].transpose(1, 2)  # B x D x ...
+    return x.shape[1], size // round(x[0, 0].numel() ** 0.5), size // last.shape[-1]
 
 
 def sincos_position(side: int, dim: int, first: str = "column") -> Tensor:

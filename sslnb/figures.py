@@ -278,6 +278,41 @@ def reconstructions(method, images: Tensor, mask: Tensor, normalize, title: str 
                 title or f"{int(mask[0].sum())} of {mask.shape[1]} patches removed, {db:.1f} dB on them{leak}")
 
 
+def side_by_side(methods: Mapping[str, object], image: Tensor, mask: Tensor, amplitudes: bool = False) -> Figure:
+    """One image under one mask, a column per masked method: what its encoder sees, its target, its prediction, and the
+    prediction pasted into what is visible. `amplitudes`: the Fourier amplitudes of these instead.
+
+    image (3, H, W) in [0, 1], mask (L,) of any grid: each method hides every cell of its own that a hidden one touches.
+    """
+    from .masking import regrid, upsample_mask
+
+    columns, names = [], []
+    for name, method in methods.items():
+        normalize = method.views(image.shape[-1]).normalize
+        x = normalize.apply(image[None])
+        own = regrid(mask[None], image.shape[-1] // method.patch)
+        with torch.no_grad():
+            target, painted = (normalize.undo(method.to_image(y, x)) for y in
+                               (method.target(x), method.reconstruct(x, own)))
+            seen = method.seen(x, own)
+        seen = masked(image[None], own, method.patch) if seen is None else normalize.undo(seen)
+        hole = upsample_mask(own, painted.shape[-1] // round(own.shape[1] ** 0.5))
+        column = [image, seen[0], target[0], painted[0], (target * (1 - hole) + painted * hole)[0]]
+        columns.append([amplitude(x) for x in column] if amplitudes else column)
+        decibel = f"{psnr(painted, image[None], hole):.1f} dB" if method.paints and not method.borrows else ""
+        leak = f"{method.borrows}\ntaken from the truth" if method.borrows else decibel
+        names.append(f"{name}\n{leak}")
+    rows = ["image", "encoder sees", "target", "prediction", "pasted"]
+    title = f"{int(mask.sum())} of {len(mask)} cells hidden" + ", amplitudes (log)" * amplitudes
+    return grid(list(zip(*columns, strict=True)), rows, title, column_names=names, size=1.35)
+
+
+def amplitude(x: Tensor) -> Tensor:
+    """log(1 + |F|) of the grey picture (3, H, W), frequency 0 in the middle, scaled to [0, 1]."""
+    log = torch.fft.fftshift(torch.fft.fft2(x.mean(0), norm="ortho")).abs().log1p()
+    return (log / log.max().clamp(min=1e-9)).expand(3, -1, -1)
+
+
 def film(run, count: int = 6) -> Figure:
     """The run's snapshots: the same images under the same masks while training goes on.
 

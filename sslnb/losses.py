@@ -56,3 +56,22 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     """
     removed = sum_over_processes(mask.sum()) / world()[1]  # with autocast off: 128 x 224² ones are too many for fp16
     return (error * mask).sum() / removed
+
+
+@full_precision
+def focal_frequency(prediction: Tensor, target: Tensor, images: int) -> Tensor:
+    """Focal frequency loss of mean spectra, as A2MIM uses it (arXiv 2012.12821 and 2205.13943). Both (B, C, H, W).
+
+        D = |mean of F(prediction) - mean of F(target)|,   ω = sg[log(1 + D) / max log(1 + D)],   loss = mean of ω D²
+
+    F is the orthonormal 2-D Fourier transform; means over groups of at most `images` images, which is what one GPU of
+    the official runs holds: another number of processes leaves the groups, and so the loss, as they are. The transform
+    is linear, so that of a group's mean image does for all of them.
+    """
+    parts = (prediction - target).tensor_split(-(-len(target) // images))
+    difference = torch.stack([part.mean(0) for part in parts])  # G x C x H x W
+    spectrum = torch.view_as_real(torch.fft.fft2(difference, norm="ortho"))
+    squared = spectrum.pow(2).sum(-1)  # D², whose gradient is finite at 0, unlike that of D
+    weight = squared.detach().sqrt().log1p()
+    weight = weight / weight.amax((1, 2, 3), keepdim=True).clamp(min=1e-30)  # all equal: 0 and not 0/0
+    return (weight * squared).mean()

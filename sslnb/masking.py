@@ -7,6 +7,7 @@ so that one seed gives the same masks on every device, and drawing never waits f
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .errors import InputError
@@ -77,6 +78,32 @@ def block_mask(batch: int, side: int, count: int, least: int, exact: bool,
     return mask.flatten(1).float()
 
 
+def region_mask(batch: int, side: int, least: float, most: float, generator: Generator | None = None) -> Tensor:
+    """One rectangle anywhere (for Context Encoders, arXiv 1604.07379): its share of the image is between `least` and
+    `most`, it is at most twice as long as wide, and all such shapes are equally likely. -> (batch, side²)"""
+    shapes = [(h, w) for h in range(1, side + 1) for w in range(1, side + 1)
+              if least <= h * w / side**2 <= most and max(h, w) <= 2 * min(h, w)]
+    if not shapes:
+        raise InputError(f"No rectangle covers {least:.0%} to {most:.0%} of {side} x {side} cells; use another "
+                         "mask_ratio or smaller cells.")
+    shape, y, x = torch.rand(3, batch, generator=generator)
+    height, width = torch.tensor(shapes)[(shape * len(shapes)).long()].unbind(1)
+    return _rectangles(side, (y * (side - height + 1)).long(), (x * (side - width + 1)).long(), height, width)
+
+
+def centre_mask(batch: int, side: int, length: int) -> Tensor:
+    """A square of length x length cells in the middle, the same for every image. -> (batch, side²)"""
+    length = torch.full((batch,), length)
+    return _rectangles(side, (side - length) // 2, (side - length) // 2, length, length)
+
+
+def _rectangles(side: int, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
+    place = torch.arange(side)
+    rows = (place >= top[:, None]) & (place < (top + height)[:, None])
+    columns = (place >= left[:, None]) & (place < (left + width)[:, None])
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1).float()
+
+
 def visible_first(mask: Tensor) -> tuple[Tensor, Tensor]:
     """(B, L) with equally many ones per image -> keep (B, K), the visible cells in order, and restore (B, L), which
     puts [visible, removed] back in place. On the CPU, where looking at a number waits for nothing."""
@@ -87,6 +114,14 @@ def visible_first(mask: Tensor) -> tuple[Tensor, Tensor]:
                          "needs the same number for every image.")
     order = mask.argsort(dim=1, stable=True)
     return order[:, :int(visible[0])], order.argsort(1)
+
+
+def regrid(mask: Tensor, side: int) -> Tensor:
+    """A mask (B, L) of one grid on another of side x side cells: hidden is a cell that any hidden one overlaps."""
+    old = round(mask.shape[1] ** 0.5)
+    fine = math.lcm(old, side)
+    pixels = upsample_mask(mask, fine // old)
+    return F.max_pool2d(pixels, fine // side).flatten(1)
 
 
 # ---------------------------------------------------------------- cells and pixels

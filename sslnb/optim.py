@@ -64,17 +64,20 @@ def decay_groups(named: Iterable[tuple[str, Tensor]], weight_decay: float) -> li
 
 
 def lr_at(step: int, *, lr: float, total: int, warmup: int, warmup_from: float = 0.0, schedule: str = "cosine",
-          min_lr: float = 0.0, milestones: tuple[int, ...] = (), gamma: float = 0.1) -> float:
+          min_lr: float = 0.0, milestones: tuple[int, ...] = (), gamma: float = 0.1,
+          cosine_from_start: bool = False) -> float:
     """Learning rate of optimizer step `step` (0 … total-1); all lengths are in optimizer steps.
 
     Linear from `warmup_from` (a share of lr) to lr over `warmup`, then "cosine" to min_lr, "step" (times gamma at each
     milestone) or "constant".
-    The cosine starts AFTER the warm-up as in the official codes; OpenMMLab's runs under it and peaks lower.
+    The cosine starts AFTER the warm-up as in the official codes; OpenMMLab's runs under it and peaks lower, and so does
+    timm's, which SimMIM uses: `cosine_from_start`.
     """
     if step < warmup:
         return lr * (warmup_from + (1 - warmup_from) * step / warmup)
     if schedule == "cosine":
-        progress = (step - warmup) / max(1, total - warmup)
+        start = 0 if cosine_from_start else warmup
+        progress = (step - start) / max(1, total - start)
         return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
     if schedule == "step":
         return lr * gamma ** sum(step >= m for m in milestones)

@@ -21,7 +21,8 @@ class Recipe:
     """What a run does. Lengths are in epochs; `batch` is per process; `lr` is the real learning rate, not a base.
 
     The learning rate rises linearly from `warmup_from` (a share of lr); `milestones` are the epochs at which schedule
-    "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch.
+    "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch; with `cosine_from_start` the cosine
+    runs over all epochs, those of the warm-up included.
     `numbers` are keyword arguments of the method's constructor (its own numbers and those of its views).
     `source` says where the numbers come from (paper, official code, zoo, ours), `sources` names the exceptions.
     """
@@ -46,6 +47,7 @@ class Recipe:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     lr_by_epoch: bool = False
+    cosine_from_start: bool = False
     clip: float = 0.0
     precision: str = "fp32"
     pool: str = "model"
@@ -110,7 +112,8 @@ class Recipe:
             step -= step % per_epoch
         return optim.lr_at(step, lr=self.lr, total=self.epochs * per_epoch, min_lr=self.min_lr, schedule=self.schedule,
                            warmup=round(self.warmup_epochs * per_epoch), warmup_from=self.warmup_from,
-                           milestones=tuple(m * per_epoch for m in self.milestones), gamma=self.gamma)
+                           milestones=tuple(m * per_epoch for m in self.milestones), gamma=self.gamma,
+                           cosine_from_start=self.cosine_from_start)
 
     def source_of(self, name: str) -> str:
         return self.sources.get(name, self.source)

@@ -2,11 +2,19 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import numpy
 import torch
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 
-from . import figures, masking
+from . import figures
+from .backbones import image_size
+from .data import load
+from .errors import InputError
+from .masking import random_mask
+from .methods.base import Masked
 from .notebook import interactive
 
 
@@ -64,7 +72,7 @@ def reconstructions(method, images: torch.Tensor, normalize, seed: int = 0):
     noise = torch.rand(len(images), length, generator=torch.Generator().manual_seed(seed))
 
     def draw(mask_ratio: float) -> Figure:
-        return figures.reconstructions(method, images, masking.random_mask(noise, mask_ratio), normalize)
+        return figures.reconstructions(method, images, random_mask(noise, mask_ratio), normalize)
 
     if not interactive():
         return draw(method.mask_ratio)
@@ -83,14 +91,14 @@ def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio:
     image = _image()
 
     def redraw(_=None) -> None:
-        mask = masking.random_mask(noise[:1], slider.value)[0]
+        mask = random_mask(noise[:1], slider.value)[0]
         for tile, hidden in zip(tiles, mask.tolist(), strict=True):
             tile.style.button_color = "#444444" if hidden else "#E8E8E8"
             tile.tooltip = "hidden" if hidden else "visible"
         image.value = _png(draw(slider.value))
 
     def click(place: int) -> None:
-        mask = masking.random_mask(noise[:1], slider.value)[0]
+        mask = random_mask(noise[:1], slider.value)[0]
         hidden = mask[place] > 0
         visible = length - int(mask.sum()) + (1 if hidden else -1)
         if not 0 < visible < length:
@@ -109,6 +117,114 @@ def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio:
     board = w.GridBox(tiles, layout=w.Layout(grid_template_columns=f"repeat({side}, 28px)"))
     hint = w.Label("Click a patch to hide it or to show it again.")
     return w.HBox([w.VBox([slider, hint, board], layout=w.Layout(flex="0 0 auto", overflow="visible")), image])
+
+
+def masking(sources: Mapping[str, object], image=None, mask_ratio: float = 0.6, seed: int = 0):
+    """Masked methods side by side, all on the same image under the same mask; one column each.
+
+    `sources`: name -> a Run, the path of a run directory, or a Masked method. `image`: a PIL image or the path of one,
+    such as your own; None: a photograph. Sliders for the ratio and the size of the squares, a board to click, amplitudes
+    instead of pictures, and an upload. Headless: the figure. Errors: InputError if methods have different image sizes,
+    or a source has no decoder.
+    """
+    methods = {name: painter(source) for name, source in sources.items()}
+    sizes = {name: image_size(method.backbone) for name, method in methods.items()}
+    if len(set(sizes.values())) > 1:
+        raise InputError(f"Side by side needs one image size, and these have {sizes}; train them at the same one.")
+    size = next(iter(sizes.values()))
+    shown = {"image": _square(image, size)}
+    cells = [n for n in (4, 7, 14) if size % n == 0] or [7]
+
+    def draw(mask: torch.Tensor, amplitudes: bool) -> Figure:
+        return figures.side_by_side(methods, shown["image"], mask, amplitudes)
+
+    noise = {n: torch.rand(1, n * n, generator=torch.Generator().manual_seed(seed)) for n in cells}
+    first = 7 if 7 in cells else cells[0]
+    if not interactive():
+        return draw(random_mask(noise[first], mask_ratio)[0], False)
+    return side_by_side(draw, noise, first, mask_ratio, lambda picture: shown.update(image=_square(picture, size)))
+
+
+def painter(source) -> Masked:
+    """The whole masked method of a run, its path, or a method itself: what can paint."""
+    from .run import Run
+
+    if isinstance(source, str | Path):
+        if Path(source).is_file():
+            raise InputError(f"{source} is a file of weights, and those of an encoder cannot paint: the decoder or "
+                             "head that makes pictures is missing there. Give the run directory of a masked method.")
+        source = Run.open(source)
+    method = source.method() if isinstance(source, Run) else source
+    if not isinstance(method, Masked):
+        raise InputError(f"{type(method).__name__} hides no part of an image, so it has nothing to paint; use the run "
+                         "of a masked method, such as mae or simmim.")
+    return method
+
+
+def side_by_side(draw: Callable[[torch.Tensor, bool], Figure], noise: dict[int, torch.Tensor], cells: int,
+                 mask_ratio: float, upload: Callable):
+    """The widget of `masking`: `noise` (1, n²) for every number n of squares in a row, changed in place by clicks."""
+    import ipywidgets as w
+
+    ratio = w.FloatSlider(value=mask_ratio, min=0.05, max=0.95, step=0.05, description="mask ratio",
+                          continuous_update=False)
+    squares = w.Dropdown(options=[(f"{n} x {n} squares", n) for n in noise], value=cells, description="mask of")
+    amplitudes = w.Checkbox(description="Fourier amplitudes", indent=False)
+    file = w.FileUpload(accept="image/*", description="your image")
+    message, image, board = w.Label(), _image(), w.VBox()
+
+    def redraw(_=None) -> None:
+        mask = random_mask(noise[squares.value], ratio.value)[0]
+        board.children = [_board(mask, click)]
+        image.value = _png(draw(mask, amplitudes.value))
+
+    def click(place: int) -> None:
+        now, row = random_mask(noise[squares.value], ratio.value)[0], noise[squares.value][0]
+        visible = int((now == 0).sum()) + (1 if now[place] else -1)
+        if 0 < visible < len(row):
+            row[place] = row.min() - 1 if now[place] else row.max() + 1
+            ratio.min, ratio.max = 0.0, 1.0
+            ratio.value = 1 - visible / len(row) - 1e-6  # so that exactly `visible` squares stay; redraws
+
+    def receive(change) -> None:
+        try:
+            upload(Image.open(io.BytesIO(change["new"][0]["content"])))
+            message.value = ""
+        except (OSError, IndexError) as error:
+            message.value = f"This file cannot be read as an image ({error}); try a PNG or a JPEG."
+        redraw()
+
+    for control in (ratio, squares, amplitudes):
+        control.observe(redraw, "value")
+    file.observe(receive, "value")
+    redraw()
+    controls = w.VBox([ratio, squares, amplitudes, file, message, board], layout=w.Layout(flex="0 0 auto"))
+    return w.HBox([controls, image])
+
+
+def _board(mask: torch.Tensor, click: Callable[[int], None]):
+    """A button for every square; dark ones are hidden."""
+    import ipywidgets as w
+
+    side = round(len(mask) ** 0.5)
+    tiles = [w.Button(layout=w.Layout(width="26px", height="26px", margin="1px", padding="0"),
+                      tooltip="hidden" if hidden else "visible") for hidden in mask.tolist()]
+    for place, tile in enumerate(tiles):
+        tile.style.button_color = "#444444" if mask[place] else "#E8E8E8"
+        tile.on_click(lambda _, place=place: click(place))
+    return w.GridBox(tiles, layout=w.Layout(grid_template_columns=f"repeat({side}, 28px)"))
+
+
+def _square(image, size: int) -> torch.Tensor:
+    """A PIL image, a path, or None for a photograph -> its central square (3, size, size) in [0, 1]."""
+    if image is None:
+        image = load("photos")[1]
+    elif isinstance(image, str | Path):
+        if not Path(image).is_file():
+            raise InputError(f"There is no image {str(image)!r}; give the path of a picture, or none for a photograph.")
+        image = Image.open(image)
+    pixels = numpy.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
 
 
 def watch(run, seconds: float = 2.0):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sslnb import optim
+from sslnb.backbones import class_attention
 from sslnb.errors import InputError
 from sslnb.methods.mocov3 import RECIPES, MoCoV3
 from sslnb.views import Blur, ColorJitter, Greyscale, HorizontalFlip, RandomResizedCrop, Solarize
@@ -279,3 +280,17 @@ def test_lars_still_leaves_out_the_vectors():
     method([torch.randn(6, 3, recipe.size, recipe.size) for _ in range(2)])["loss"].backward()
     optimizer.step()
     assert torch.allclose(vector, before - vector.grad, atol=1e-6)
+
+
+# What the figures ask of the backbone
+
+def test_the_class_token_looks_where_its_query_meets_the_keys(method, images):
+    vit = method.backbone.eval()
+    before = vit(images[0])
+    x = vit.pos_drop(vit._pos_embed(vit.patch_embed(images[0])))
+    for block, layer in enumerate(vit.blocks):
+        q, k, _ = layer.attn.qkv(layer.norm1(x)).unflatten(2, (3, layer.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        shares = (q[:, :, :1] @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(3)[:, :, 0]  # B x heads x (1 + L)
+        assert torch.allclose(class_attention(vit, images[0], block), shares[:, :, 1:], atol=1e-6)
+        x = layer(x)
+    assert torch.equal(vit(images[0]), before) and all(layer.attn.fused_attn for layer in vit.blocks), "as it was"

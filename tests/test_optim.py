@@ -46,6 +46,7 @@ def test_norms_and_biases_are_not_decayed():
     ({"warmup": 4}, {0: 0.0, 2: 0.5, 4: 1.0, 7: 0.5, 9: 0.5 * (1 + math.cos(math.pi * 5 / 6))}),
     ({"warmup": 4, "warmup_from": 0.1}, {0: 0.1, 2: 0.55, 4: 1.0}),
     ({"warmup": 0, "min_lr": 0.2}, {0: 1.0, 5: 0.6}),
+    ({"warmup": 2, "cosine_from_start": True}, {1: 0.5, 2: 0.5 * (1 + math.cos(math.pi * 2 / 10)), 5: 0.5}),
     ({"warmup": 0, "schedule": "step", "milestones": (3, 6)}, {2: 1.0, 3: 0.1, 6: 0.01}),
     ({"warmup": 0, "schedule": "step", "milestones": (3,), "gamma": 0.4}, {2: 1.0, 3: 0.4}),
     ({"warmup": 2, "schedule": "constant"}, {1: 0.5, 9: 1.0}),

@@ -1,11 +1,14 @@
-"""How well are hidden patches painted? Peak signal-to-noise ratio on removed pixels, beside a modest rival."""
+"""How well are hidden patches guessed? Errors where the image is removed, beside a modest rival.
+
+`masked_psnr` for methods that paint pixels; `masked_error` in the space of the targets, whatever they are.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import InputError
-from ..masking import upsample_mask
+from ..masking import patchify, upsample_mask
 from ..methods.base import Masked
 from .pixels import read
 
@@ -26,28 +29,78 @@ def masked_psnr(run, images, *, limit: int = 1000, batch: int = 250, seed: int =
     Masks are drawn from `seed`. Errors: InputError for a run that paints nothing, and for one whose targets are
     standardised patches, since their brightness would have to be taken from the truth that is to be guessed.
     """
-    method = run.method()
-    if not isinstance(method, Masked):
-        raise InputError(f"{run.recipe.method} paints no pixels, so there is nothing to measure; use the run of a "
-                         "masked-image method.")
+    method = _masked(run)
+    if not method.paints:
+        raise InputError(f"{run.recipe.method} paints no pixels; masked_error compares what it predicts to its targets.")
     if method.borrows:
         raise InputError(f"In pictures of what this run of {run.recipe.method} predicts, {method.borrows} taken from "
                          "the hidden truth, so their PSNR would not be the model's; measure one that predicts pixels.")
     normalize = method.views(run.recipe.size).normalize
-    generator = torch.Generator().manual_seed(seed)
     errors = torch.zeros(2)
     removed = count = 0
-    for indices in torch.arange(min(limit, len(images))).split(batch):
-        pixels, kept, _ = read(images, indices.tolist(), run.recipe.size)
-        truth = pixels.float() / 255
-        x = normalize.apply(truth)
-        mask = method.draw_mask(len(x), generator)
+    for truth, x, mask in _batches(run, method, images, limit, batch, seed):
         hole = upsample_mask(mask, method.patch)
         visible = 1 - hole
         mean = (truth * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
         for i, painted in enumerate((normalize.undo(method.to_image(method.reconstruct(x, mask), x)), mean)):
             errors[i] += ((painted - truth) ** 2 * hole).sum()
         removed += int(hole.sum()) * truth.shape[1]
-        count += len(kept)
+        count += len(x)
     model, baseline = (-10 * torch.log10(errors / removed)).tolist()
     return Psnr(model, baseline, count)
+
+
+@dataclass
+class TargetError:
+    """Mean squared error on hidden patches of `n` images: the model's, and that of the mean of the visible targets."""
+
+    model: float
+    baseline: float
+    n: int
+
+    @property
+    def explained(self) -> float:
+        """The share of the rival's error that the model does not make: 1 is perfect, 0 no better, below 0 worse."""
+        return 1 - self.model / self.baseline
+
+
+@torch.no_grad()
+def masked_error(run, images, *, limit: int = 1000, batch: int = 250, seed: int = 0) -> TargetError:
+    """How far a masked-image run is from its own targets, averaged over all hidden patches of held-out images.
+
+    The rival predicts for every hidden patch the mean of the targets of the visible patches of the same image. Masks
+    are drawn from `seed`. Errors of methods with different targets are different quantities. Errors: InputError for a
+    run that hides nothing.
+    """
+    method = _masked(run)
+    errors = torch.zeros(2)
+    removed = count = 0
+    for _, x, mask in _batches(run, method, images, limit, batch, seed):
+        target, prediction = (y.float() if y.ndim == 3 else patchify(y.float(), method.patch)  # pictures too
+                              for y in (method.target(x), method.reconstruct(x, mask)))
+        visible = (1 - mask)[:, :, None]
+        mean = (target * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True)
+        for i, guess in enumerate((prediction, mean)):
+            errors[i] += ((guess - target) ** 2 * mask[:, :, None]).sum()
+        removed += int(mask.sum()) * target.shape[2]
+        count += len(x)
+    model, baseline = (errors / removed).tolist()
+    return TargetError(model, baseline, count)
+
+
+def _masked(run) -> Masked:
+    method = run.method()
+    if not isinstance(method, Masked):
+        raise InputError(f"{run.recipe.method} paints no pixels, so there is nothing to measure; use the run of a "
+                         "masked-image method.")
+    return method
+
+
+def _batches(run, method: Masked, images, limit: int, batch: int, seed: int):
+    """Pixels in [0, 1], normalised, and the masks of this seed, batch after batch."""
+    normalize = method.views(run.recipe.size).normalize
+    generator = torch.Generator().manual_seed(seed)
+    for indices in torch.arange(min(limit, len(images))).split(batch):
+        pixels, kept, _ = read(images, indices.tolist(), run.recipe.size)
+        truth = pixels.float() / 255
+        yield truth, normalize.apply(truth), method.draw_mask(len(kept), generator)

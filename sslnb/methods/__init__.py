@@ -10,6 +10,7 @@ from .base import Method
 
 METHODS = {  # name -> file:class, in the order of their years
     "relative_loc": "relative_loc:RelativeLoc",
+    "inpainting": "inpainting:Inpainting",
     "rotation": "rotation:Rotation",
     "deepcluster": "deepcluster:DeepCluster",
     "npid": "npid:NPID",
@@ -24,6 +25,10 @@ METHODS = {  # name -> file:class, in the order of their years
     "barlowtwins": "barlowtwins:BarlowTwins",
     "mocov3": "mocov3:MoCoV3",
     "mae": "mae:MAE",
+    "simmim": "simmim:SimMIM",
+    "maskfeat": "maskfeat:MaskFeat",
+    "cae": "cae:CAE",
+    "a2mim": "a2mim:A2MIM",
 }
 
 

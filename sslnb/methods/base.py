@@ -69,6 +69,9 @@ class Masked(Method):
 
     patch: int
 
+    paints = True
+    """False where what is predicted is not the image: `to_image` then draws it, at a size of its own."""
+
     borrows = ""
     """What `to_image` takes from the hidden truth, in words: "brightness and contrast are"; "" if nothing."""
 
