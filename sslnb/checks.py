@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from . import data as datasets
 from .errors import InputError, unknown
 from .recipes import Recipe, method_numbers, resolve
 from .run import Run, write_atomic
@@ -28,7 +27,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
         recipe = recipe.on(processes)
     recipe = recipe.with_(precision=_precision(recipe, precision))
     _check_trackers(trackers)
-    images = datasets.load(recipe.data)
+    images = recipe.load()
     if "images" in method_numbers(recipe.method):  # a method with a memory of every image
         recipe = recipe.with_(images=len(images))
     steps = recipe.steps_per_epoch(len(images))

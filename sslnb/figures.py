@@ -59,8 +59,8 @@ def views_grid(views, images: Sequence, draws: int = 4, seed: int = 0) -> Figure
     """Each row one image: as it is, then `draws` draws of every view, de-normalised."""
     rows = [[image] for image in images]
     for draw in range(draws):
-        for batch in views(list(images), seed=seed + draw):
-            for row, x in zip(rows, views.normalize.undo(batch), strict=True):
+        for view, batch in zip(views.views, views(list(images), seed=seed + draw), strict=True):
+            for row, x in zip(rows, view.normalize.undo(batch), strict=True):
                 row.append(x)
     names = ["image"] + [f"view {v + 1}" for _ in range(draws) for v in range(len(views))]
     return grid(rows, title="What the network gets to see", column_names=names)
@@ -259,7 +259,8 @@ def masked(images: Tensor, mask: Tensor, patch: int) -> Tensor:
 
 
 def reconstructions(method, images: Tensor, mask: Tensor, normalize, title: str = "") -> Figure:
-    """Rows: image, what the encoder sees, the prediction, and the prediction pasted into the visible patches.
+    """Rows: image, what the encoder sees, the target if it is not the image, the prediction, and the prediction pasted
+    into the visible patches.
 
     images (B, 3, H, W) normalised, mask (B, L).
     """
@@ -267,15 +268,41 @@ def reconstructions(method, images: Tensor, mask: Tensor, normalize, title: str 
 
     with torch.no_grad():
         painted = normalize.undo(method.to_image(method.reconstruct(images, mask), images))
+        target = images if method.paints else method.to_image(method.target(images), images)
         seen = method.seen(images, mask)
-    truth, hole = normalize.undo(images), upsample_mask(mask, method.patch)
-    pasted = truth * (1 - hole) + painted * hole
+    truth, target = normalize.undo(images), normalize.undo(target)
+    hole = upsample_mask(mask, target.shape[-1] // round(mask.shape[1] ** 0.5))
     encoder_sees = masked(truth, mask, method.patch) if seen is None else normalize.undo(seen)
-    rows = [list(truth), list(encoder_sees), list(painted), list(pasted)]
-    db = psnr(painted, truth, hole)
+    rows = {"image": truth, "encoder sees": encoder_sees, "target": target, "prediction": painted,
+            "pasted": target * (1 - hole) + painted * hole}
+    if method.paints:
+        del rows["target"]
+    decibel = f", {psnr(painted, truth, hole):.1f} dB on them" if method.paints else ""
     leak = f"; {method.borrows} taken from the truth" if method.borrows else ""
-    return grid(rows, ["image", "encoder sees", "prediction", "pasted"],
-                title or f"{int(mask[0].sum())} of {mask.shape[1]} patches removed, {db:.1f} dB on them{leak}")
+    return grid([list(row) for row in rows.values()], list(rows),
+                title or f"{int(mask[0].sum())} of {mask.shape[1]} patches removed{decibel}{leak}",
+                size=0.85 if method.paints else 1.2)
+
+
+def latents(images: Tensor, mask: Tensor, patch: int, found: Mapping[str, Tensor], title: str = "") -> Figure:
+    """Vectors of hidden patches as colours in their places: what is alike has the same colour, in all rows.
+
+    images (B, 3, H, W) in [0, 1], mask (B, L), found[name] (B, n, D) for the n hidden patches of each image in order.
+    Red, green and blue are three principal components, those of the first entry.
+    """
+    from .masking import upsample_mask
+
+    first = next(iter(found.values())).float().flatten(0, 1)
+    mean = first.mean(0)
+    basis = torch.linalg.svd(first - mean, full_matrices=False)[2][:3].T  # D x 3
+    low, high = torch.quantile((first - mean) @ basis, torch.tensor([0.02, 0.98]), dim=0)
+    hole, rows = upsample_mask(mask, patch), {"image": images, "encoder sees": masked(images, mask, patch)}
+    for name, z in found.items():
+        colours = torch.zeros(*mask.shape, 3)
+        colours[mask > 0] = ((z.float().flatten(0, 1) - mean) @ basis - low) / (high - low)
+        channels = [upsample_mask(c, patch) for c in colours.clamp(0, 1).unbind(2)]
+        rows[name] = torch.where(hole > 0, torch.cat(channels, 1), images)
+    return grid([list(row) for row in rows.values()], list(rows), title)
 
 
 def side_by_side(methods: Mapping[str, object], image: Tensor, mask: Tensor, amplitudes: bool = False) -> Figure:
@@ -324,12 +351,18 @@ def film(run, count: int = 6) -> Figure:
     first = snaps[0][1]
     truth = normalize.undo(first["images"][:count])
     seen = masked(truth, first["mask"][:count], patch)
-    painted = [normalize.undo(tensors["reconstruction"][:count]) for _, tensors in snaps]
-    rows, names = [list(truth), list(seen), *map(list, painted)], ["image", "encoder sees"]
-    fig = grid(rows, [*names, *(f"step {step}" for step, _ in snaps)], title="The same masks while training goes on",
-               size=0.75)
+    still = {"image": truth, "encoder sees": seen}
+    if "target" in first:
+        still["target"] = normalize.undo(first["target"][:count])
+    painted = {f"step {step}": normalize.undo(tensors["reconstruction"][:count]) for step, tensors in snaps}
+    # Drawings need more room than pictures: every second one is in the strip, the last among them.
+    strip = still | (dict(list(painted.items())[::-2][::-1]) if "target" in first else painted)
+    fig = grid(list(map(list, strip.values())), list(strip), title="The same masks while training goes on",
+               size=1.1 if "target" in first else 0.75)
     fig.savefig(run.path / "film.png", dpi=150, facecolor="white")
-    _gif([torch.cat([truth, seen, x], 2) for x in painted], run.path / "film.gif")
+    size = next(iter(painted.values())).shape[2:]
+    above = [torch.nn.functional.interpolate(x, size) for x in still.values()]
+    _gif([torch.cat([*above, x], 2) for x in painted.values()], run.path / "film.gif")
     return fig
 
 
@@ -345,6 +378,38 @@ def psnr(painted: Tensor, truth: Tensor, hole: Tensor) -> float:
     """Peak signal-to-noise ratio in dB on the removed pixels; images in [0, 1], hole (B, 1, H, W)."""
     error = ((painted - truth) ** 2 * hole).sum() / (hole.sum() * truth.shape[1])
     return float(-10 * torch.log10(error))
+
+
+def spectra(pictures: Mapping[str, Tensor], normalize, title: str = "") -> Figure:
+    """Versions of the same pictures: the first one, its spectrum below, and how strong waves are, from slow to fast.
+
+    pictures[name]: (n, 3, H, H) normalised. A spectrum is log(1 + amplitude), a mean over colours, with the slowest
+    wave in the middle. The curves are root mean squares over rings of it and over all n pictures, as a share of the
+    first entry's.
+    """
+    fig, (above, below) = _figure(2, len(pictures) + 2, 1.5 * len(pictures) + 3.6, 3.6, title)
+    place = above[-1].get_gridspec()[:, -2:]
+    for ax in (*above[-2:], *below[-2:]):
+        ax.remove()
+    curve = fig.add_subplot(place)
+    f = torch.fft.fftfreq(next(iter(pictures.values())).shape[-1])
+    rings = (24 * (f[:, None] ** 2 + f**2).sqrt()).round().long()  # 12 up to the fastest wave along a side
+    first = None
+    for i, (name, x) in enumerate(pictures.items()):
+        amplitude = torch.fft.fft2(x.float(), norm="ortho").abs()
+        seen = torch.fft.fftshift(amplitude[0].mean(0)).log1p().numpy()
+        for ax, shown in ((above[i], picture(normalize.undo(x)[0])), (below[i], seen)):
+            ax.imshow(shown, interpolation="nearest", cmap="magma", vmin=0, vmax=3)
+            ax.set(xticks=[], yticks=[])
+        above[i].set_title(name, fontsize=9)
+        power = torch.stack([(amplitude[..., rings == r] ** 2).mean().sqrt() for r in range(13)])
+        first = power if first is None else first
+        curve.plot([r / 24 for r in range(13)], (power / first).tolist(), color=COLORS[i % 8], ls=STYLES[i % 4], label=name)
+    curve.set(xlabel="waves per pixel", ylim=(0, None))
+    curve.set_title(f"amplitude, relative to {next(iter(pictures))}", fontsize=9)
+    curve.legend(frameon=False, fontsize=8)
+    curve.grid(alpha=0.3)
+    return fig
 
 
 # ---------------------------------------------------------------- cells

@@ -1,12 +1,12 @@
 """Histograms of oriented gradients (Dalal and Triggs, CVPR 2005) as MaskFeat uses them, and their drawing.
 
-A cell of cell x cell pixels is described by what edges run through it: nine bins of 20 degrees, a line and not an arrow.
+A square of pixels, a cell, is described by what edges run through it: nine bins of 20 degrees, a line and not an arrow.
 
     gx, gy = Sobel derivatives,   θ = atan2(gx, gy),   bin = ⌊9 θ / π⌋ mod 9,   h[bin] = Σ over the cell of √(gx² + gy²)
     h ← h / ‖h‖, which cancels the contrast as the derivative cancels the brightness
 
-θ is the angle of the EDGE, with 0 for a horizontal one: a vertical one falls in bin 4. No pixel is shared between bins or
-between cells. Sums of slices, not convolutions, which would be rounded by autocast and by TF32.
+θ is the angle of the EDGE, with 0 for a horizontal one: a vertical one falls in bin 4. No pixel is shared between bins
+or between cells. Sums of slices, not convolutions, which would be rounded by autocast and by TF32.
 """
 
 import math
@@ -66,7 +66,7 @@ def _sum_cells(x: Tensor, cell: int) -> Tensor:
 
 
 def to_patches(h: Tensor, side: int = 2) -> Tensor:
-    """(B, C, 9, S·side, S·side) -> (B, S², C·9·side²): the cells of a patch together, order (colour, bin, row, column)."""
+    """(B, C, 9, S·side, S·side) -> (B, S², C·9·side²): in a patch the order is (colour, bin, row, column)."""
     b, c, bins, rows, columns = h.shape
     x = h.reshape(b, c, bins, rows // side, side, columns // side, side)
     return x.permute(0, 3, 5, 1, 2, 4, 6).reshape(b, rows // side * (columns // side), -1)

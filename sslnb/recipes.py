@@ -23,6 +23,7 @@ class Recipe:
     The learning rate rises linearly from `warmup_from` (a share of lr); `milestones` are the epochs at which schedule
     "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch; with `cosine_from_start` the cosine
     runs over all epochs, those of the warm-up included.
+    `fraction` keeps a part of every class of the training images (or those named in a file), see sslnb.load.
     `numbers` are keyword arguments of the method's constructor (its own numbers and those of its views).
     `source` says where the numbers come from (paper, official code, zoo, ours), `sources` names the exceptions.
     """
@@ -51,6 +52,7 @@ class Recipe:
     clip: float = 0.0
     precision: str = "fp32"
     pool: str = "model"
+    fraction: float | str | None = None
     force_accum: bool = False
     numbers: Mapping[str, Any] = field(default_factory=dict)
     backbone_numbers: Mapping[str, Any] = field(default_factory=dict)
@@ -78,6 +80,12 @@ class Recipe:
                                    ("schedule", self.schedule, SCHEDULES)):
             if value not in known:
                 unknown(kind, value, known)
+
+    def load(self, split: str = "train"):
+        """The images of a split; of "train" the recipe's fraction."""
+        from . import data
+
+        return data.load(self.data, split, fraction=self.fraction if split == "train" else None)
 
     # ------------------------------------------------------------ derived
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import data as datasets
 from . import optim, parts
 from .checks import prepare
 from .errors import InputError, NonFinite
@@ -99,7 +98,7 @@ class Trainer:
         self.model.train()
         torch.manual_seed(self.seed * 1009 + rank + 1)  # from here on (masks, dropout) processes must differ
 
-        self.images = datasets.load(recipe.data)
+        self.images = recipe.load()
         self.views = method.views(recipe.size)
         self.sampler = EpochSampler(len(self.images), recipe.batch, rank=rank, world=world, seed=self.seed)
         workers = loader_workers(settings["workers"], self.images, world)
@@ -191,6 +190,7 @@ class Trainer:
     def _end_of_epoch(self, epoch: int, start: float) -> None:
         last = self.step == self.total
         self._stop_if_not_finite()  # before anything looks at the network or keeps it
+        self.method.after_epoch(self.run, epoch)
         if self.main and self.monitor.due(epoch):
             row = self.monitor.look(self.method, self.step)
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=self.step)

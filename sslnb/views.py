@@ -162,6 +162,12 @@ class View:
                              f"{type(ops[split]).__name__}, which works on the batch; put the geometry first.")
         self.image_ops, self.batch_ops, self.count, self.aligned = ops[:split], ops[split:], count, aligned
 
+    @property
+    def normalize(self) -> Normalize:
+        """The view's normalisation; one that changes nothing if it has none."""
+        return next((op for op in self.batch_ops if isinstance(op, Normalize)),
+                    Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+
     def crop(self, image: Image.Image, rng: random.Random) -> Tensor:
         """PIL RGB -> uint8 (3, h, w)."""
         for op in self.image_ops:
@@ -187,9 +193,8 @@ class Views:
 
     @property
     def normalize(self) -> Normalize:
-        """The normalisation of the first view (the same for all views of every method here)."""
-        return next((op for op in self.views[0].batch_ops if isinstance(op, Normalize)),
-                    Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+        """The normalisation of the first view, which is the network's; only a tokenizer's view has another."""
+        return self.views[0].normalize
 
     def crop(self, image: Image.Image, rng: random.Random) -> list[Tensor]:
         """PIL RGB -> one uint8 tensor (3, h, w) per view."""

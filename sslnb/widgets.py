@@ -123,7 +123,7 @@ def masking(sources: Mapping[str, object], image=None, mask_ratio: float = 0.6, 
     """Masked methods side by side, all on the same image under the same mask; one column each.
 
     `sources`: name -> a Run, the path of a run directory, or a Masked method. `image`: a PIL image or the path of one,
-    such as your own; None: a photograph. Sliders for the ratio and the size of the squares, a board to click, amplitudes
+    such as your own; None: a photograph. Sliders for the ratio and the size of squares, a board to click, amplitudes
     instead of pictures, and an upload. Headless: the figure. Errors: InputError if methods have different image sizes,
     or a source has no decoder.
     """

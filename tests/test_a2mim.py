@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from sslnb import backbones, methods, optim
+from sslnb import backbones, figures, methods, optim
 from sslnb.errors import InputError
 from sslnb.losses import focal_frequency
 from sslnb.masking import upsample_mask
 from sslnb.methods.a2mim import A2MIM, RECIPES
+from sslnb.views import Normalize
 
 R50, R50_LONG = RECIPES["r50_l3_sz224_init_8xb256_cos_ep100"], RECIPES["r50_l3_sz224_init_8xb256_cos_ep300"]
 VIT = RECIPES["vit_base_l0_sz224_8xb128_accu2_step_ep800"]
@@ -426,3 +427,20 @@ def test_what_cannot_be_is_one_sentence_with_a_remedy(changes, words):
 
 def test_it_is_in_the_table_of_methods():
     assert methods.get("a2mim") is A2MIM
+
+
+# Figures
+
+def test_the_figure_of_spectra_shows_what_is_there():
+    """A wave of seven turns, and the same wave twice as high: the curve says 2 in its ring."""
+    wave = torch.cos(2 * math.pi * 7 * torch.arange(28) / 28).expand(2, 3, 28, 28)
+    torch.manual_seed(0)
+    noise = 1e-3 * torch.randn(2, 3, 28, 28)
+    fig = figures.spectra({"wave": wave + noise, "twice": 2 * wave + noise}, Normalize())
+    curve = fig.axes[-1]
+    assert [line.get_label() for line in curve.lines] == ["wave", "twice"]
+    one, two = (torch.as_tensor(line.get_ydata()) for line in curve.lines)
+    assert one.tolist() == [1] * 13 and two[6].item() == pytest.approx(2, rel=1e-2)  # 7 of 28 px: 0.25 waves per pixel
+    assert (two[[0, 1, 3, 9, 12]] - 1).abs().max() < 1e-3
+    shown = fig.axes[2].images[0].get_array()  # below the first picture
+    assert {(14, 7), (14, 21)} == {divmod(int(i), 28) for i in shown.reshape(-1).argsort()[-2:]}

@@ -157,10 +157,11 @@ def test_only_the_hole_has_a_gradient(images):
 
 def test_the_loss_stays_in_full_precision_under_autocast(images):
     method, mask = small(), small().draw_mask(3)
-    prediction = torch.randn_like(images).bfloat16()
+    prediction, target = torch.randn_like(images).bfloat16(), images.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = method.loss(prediction, method.target(images), mask)
-    assert inside.dtype == torch.float32 and inside.item() == method.loss(prediction.float(), images, mask).item()
+        inside = method.loss(prediction, target, mask)
+    assert inside.dtype == torch.float32 == method.target(target).dtype
+    assert inside.item() == method.loss(prediction.float(), target.float(), mask).item()
 
 
 @pytest.mark.parametrize("name", list(backbones.MINI))

@@ -9,7 +9,7 @@ import scipy.ndimage
 import skimage.feature
 import torch
 
-from sslnb import backbones, load, methods, optim
+from sslnb import backbones, load, methods, optim, pretrain
 from sslnb.backbones import cells
 from sslnb.errors import InputError
 from sslnb.evaluate.reconstruction import masked_error, masked_psnr
@@ -391,7 +391,7 @@ def test_the_error_in_hog_space_is_beside_the_mean_of_the_visible_targets():
 
 
 def test_decibels_are_refused_where_nothing_is_painted():
-    with pytest.raises(InputError, match="maskfeat paints no pixels; masked_error"):
+    with pytest.raises(InputError, match="maskfeat paints no pixels; use masked_error, which"):
         masked_psnr(untrained("maskfeat"), load("fashion_small"))
 
 
@@ -410,8 +410,8 @@ def test_errors_in_the_space_of_pixels_are_those_of_pixels():
 def test_the_snapshot_is_drawn_as_glyphs(method, images):
     found = method.snapshot([images])
     assert found["reconstruction"].shape == (6, 3, 14 * 12, 14 * 12) and found["images"].shape == (6, 3, 28, 28)
-    drawn = Normalize().undo(found["reconstruction"])
-    assert drawn.min() < 1 and drawn.max() == 1
+    drawn = Normalize().undo(found["target"])
+    assert drawn.shape == found["reconstruction"].shape and drawn.min() < 1 and drawn.max() == 1
 
 
 def test_without_local_norm_pictures_are_scaled_down_to_black(images):
@@ -422,5 +422,47 @@ def test_without_local_norm_pictures_are_scaled_down_to_black(images):
     assert (drawn.amin((1, 2, 3)) < 0.8).all()
 
 
+def test_pixels_as_targets_are_the_patches_and_can_be_painted(images):
+    from sslnb.masking import patchify
+
+    method = RECIPES["demo"].with_(predict="pixels").build()
+    assert method.paints and method.head.out_features == 48
+    assert torch.equal(method.target(images), patchify(images, 4))
+    assert torch.equal(method.to_image(method.target(images), images), images)
+    assert method([images])["loss"].isfinite()
+    with pytest.raises(InputError, match="predict"):
+        RECIPES["demo"].with_(predict="edges").build()
+
+
 def test_the_method_is_found_by_its_name():
     assert methods.get("maskfeat") is MaskFeat and methods.recipes("maskfeat") is RECIPES
+
+
+# Figures
+
+
+def test_reconstructions_have_a_row_for_the_target_and_paste_visible_edges(method, images):
+    from sslnb import figures
+
+    mask = method.draw_mask(6)
+    fig = figures.reconstructions(method, images, mask, Normalize())
+    rows = [ax for ax in fig.axes if ax.get_ylabel()]
+    assert [ax.get_ylabel() for ax in rows] == ["image", "encoder sees", "target", "prediction", "pasted"]
+    assert "patches removed" in fig.get_suptitle() and "dB" not in fig.get_suptitle()
+    target, prediction, pasted = (ax.images[0].get_array() for ax in rows[2:])
+    hole = upsample_mask(mask, 24)[0, 0].numpy() > 0
+    assert (pasted == np.where(hole[..., None], prediction, target)).all() and target.shape == (168, 168, 3)
+
+
+def test_a_film_of_drawings_has_the_target_and_every_second_step(tiny, tmp_path):
+    from PIL import Image
+
+    from sslnb import figures
+
+    run = pretrain(tiny("maskfeat", epochs=4), out=tmp_path / "run")
+    steps = [step for step, _ in run.snapshots()]
+    fig = figures.film(run, count=2)
+    names = [ax.get_ylabel() for ax in fig.axes if ax.get_ylabel()]
+    assert names == ["image", "encoder sees", "target", *(f"step {s}" for s in steps[::2])] and len(steps) == 5
+    with Image.open(run.path / "film.gif") as gif:  # two columns and four rows of 10 x 10 glyphs
+        assert gif.n_frames == 5 and gif.width * 2 == gif.height

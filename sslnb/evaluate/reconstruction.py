@@ -31,7 +31,8 @@ def masked_psnr(run, images, *, limit: int = 1000, batch: int = 250, seed: int =
     """
     method = _masked(run)
     if not method.paints:
-        raise InputError(f"{run.recipe.method} paints no pixels; masked_error compares what it predicts to its targets.")
+        raise InputError(f"{run.recipe.method} paints no pixels; use masked_error, which compares what it "
+                         "predicts to its targets.")
     if method.borrows:
         raise InputError(f"In pictures of what this run of {run.recipe.method} predicts, {method.borrows} taken from "
                          "the hidden truth, so their PSNR would not be the model's; measure one that predicts pixels.")

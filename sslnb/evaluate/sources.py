@@ -1,6 +1,6 @@
 """What can be evaluated: a run, the path of one, a timm name; and the rows that stand beside it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,8 @@ class Source:
     data: str | None = None
     folder: Path | None = None
     pool: str = "model"
+    architecture: str = ""  # for backbones.build, with these arguments
+    numbers: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,7 +58,7 @@ def open_source(source, seed: int) -> Source:
             if isinstance(source, Path) or source.startswith((".", "/", "~")):
                 raise InputError(f"There is no run directory {str(source)!r}: give one that exists, or a timm name.")
             build = _seeded(seed, lambda size: backbones.build(source, size))
-            return Source(f"{source} (untrained)", build, build)
+            return Source(f"{source} (untrained)", build, build, architecture=str(source))
         from ..run import Run
 
         source = Run.open(source)
@@ -64,7 +66,7 @@ def open_source(source, seed: int) -> Source:
     # Fresh weights come from the method: MAE, for one, initialises its ViT in its own way.
     return Source(Path(source.path).name, lambda size: source.backbone(),
                   _seeded(seed, lambda size: recipe.build().backbone), recipe.size, recipe.data, Path(source.path),
-                  recipe.pool)
+                  recipe.pool, recipe.backbone, recipe.backbone_numbers)
 
 
 def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: int,

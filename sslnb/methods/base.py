@@ -43,6 +43,9 @@ class Method(nn.Module):
     def before_epoch(self, run, epoch: int) -> None:
         """At the start of every epoch."""
 
+    def after_epoch(self, run, epoch: int) -> None:
+        """At the end of every epoch, in every process, before its checkpoint."""
+
     def order(self, seed: int, epoch: int) -> Sequence[int] | None:
         """Image numbers of an epoch in the order they come, as many as there are images; None: each once, shuffled.
 
@@ -100,4 +103,5 @@ class Masked(Method):
         # The same masks every time, so that the film shows learning only.
         mask = self.draw_mask(len(images), torch.Generator().manual_seed(0)).to(images.device)
         painted = self.to_image(self.reconstruct(images, mask), images)
-        return {"images": images, "mask": mask, "reconstruction": painted}
+        shown = {"images": images, "mask": mask, "reconstruction": painted}
+        return shown if self.paints else {**shown, "target": self.to_image(self.target(images), images)}

@@ -93,8 +93,7 @@ class CAE(Masked):
 
     def before_train(self, run) -> None:
         if not self.tokenizer.ready:
-            from ..data import load
-            self.fit_tokenizer(load(run.recipe.data), run.seed)
+            self.fit_tokenizer(run.recipe.load(), run.seed)
 
     def fit_tokenizer(self, images, seed: int = 0) -> None:
         """Make the tokenizer ready: k-means clusters cells of these images' second views, DALL-E reads its file."""

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import data
 from ..clustering import check_clusters, check_components, evenly, kmeans, whiten
 from ..evaluate.features import extract
 from ..parts import full_precision, share, sum_over_processes, world
@@ -82,7 +81,7 @@ class DeepCluster(Method):
 
     def cluster(self, recipe: Recipe, seed: int) -> Tensor:
         """The cluster of every image (N,); each process works on its share of the images, and all get the same."""
-        images, device = data.load(recipe.data), self.labels.device
+        images, device = recipe.load(), self.labels.device
         mine = share(torch.arange(len(images)))
         f = extract(self.backbone, images.subset(mine), size=recipe.size, pool=recipe.pool, device=device,
                     workers=loader_workers("auto", images, world()[1]))

@@ -3,7 +3,7 @@
 Hide blocks of patches behind one learned token and let the network say not their pixels but where their edges run: the
 histogram of oriented gradients (HOG) of every hidden patch, through a single linear layer.
 
-    h̃ = h / ‖h‖₂ for each colour c and cell u, h of hog.py;   loss = 1/|M| Σ over i in M of ‖pᵢ − h̃ᵢ‖² / values per patch
+    h̃ = h / ‖h‖₂ for each colour c and cell u, h of hog.py;   loss = 1/|M| Σᵢ over M of ‖pᵢ − h̃ᵢ‖² / values per patch
 
 Follows the official code and mmselfsup, whose run is the zoo's number: BEiT's blocks over 40 % of the patches, which
 give up if nothing fits (|M| differs between images), a plain ViT, clipping at 0.02. With `gaussian_window` 0 it is the
@@ -16,31 +16,32 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..backbones import cells, mask_enters, need_vit
+from ..errors import unknown
 from ..hog import BINS, from_patches, glyphs, hog, to_patches
 from ..losses import masked_mean
-from ..masking import block_mask, check_mask_ratio
+from ..masking import block_mask, check_mask_ratio, patchify, unpatchify
 from ..parts import full_precision
 from ..recipes import Recipe
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
 from .base import Masked
 
+PREDICT = ("hog", "pixels")
 SIDE = 2  # cells in a row of a patch
 GLYPH = 12  # px of a drawn cell
 
 
 class MaskFeat(Masked):
-    paints = False
-
-    def __init__(self, backbone: nn.Module, *, mask_ratio: float = 0.4, gaussian_window: int = 16,
+    def __init__(self, backbone: nn.Module, *, mask_ratio: float = 0.4, gaussian_window: int = 16, predict: str = "hog",
                  local_norm: bool = True, crop: tuple[float, float] = (0.5, 1.0), flip: float = 0.5):
-        """`local_norm`: the length 1 of each cell's histogram; False to break the method."""
+        """To compare and to break the method: `predict` "pixels", and no `local_norm`, the length 1 of a histogram."""
         super().__init__()
+        self.predict = predict if predict in PREDICT else unknown("predict", predict, PREDICT)
         need_vit(backbone, "maskfeat")
         self.backbone, self.mask_ratio, self.crop, self.flip = backbone, check_mask_ratio(mask_ratio), crop, flip
         self.patch, (self.grid, _) = backbone.patch_embed.patch_size[0], backbone.patch_embed.grid_size
-        self.gaussian_window, self.local_norm = gaussian_window, local_norm
+        self.gaussian_window, self.local_norm, self.paints = gaussian_window, local_norm, predict == "pixels"
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
-        self.head = nn.Linear(backbone.embed_dim, 3 * BINS * SIDE**2)
+        self.head = nn.Linear(backbone.embed_dim, 3 * (self.patch**2 if self.paints else BINS * SIDE**2))
         self.apply(_normal)
         for token in (self.mask_token, backbone.cls_token, backbone.pos_embed):
             if token is not None:
@@ -61,7 +62,7 @@ class MaskFeat(Masked):
         return block_mask(batch, self.grid, count, count // 5, exact=False, generator=generator)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
-        """-> the predicted HOG of every patch, hidden or not (B, L, 108)."""
+        """-> the prediction for every patch, hidden or not (B, L, 108)."""
         with mask_enters(self.backbone.patch_embed, lambda tokens: self.hide(tokens, mask)):
             return self.head(cells(self.backbone, images))
 
@@ -71,6 +72,8 @@ class MaskFeat(Masked):
 
     def target(self, images: Tensor) -> Tensor:
         """The HOG of every patch (B, L, 108), order (colour, bin, cell row, cell column)."""
+        if self.predict == "pixels":
+            return patchify(images.float(), self.patch)
         return to_patches(hog(images, self.patch // SIDE, self.gaussian_window, self.local_norm), SIDE)
 
     @full_precision
@@ -79,6 +82,8 @@ class MaskFeat(Masked):
 
     def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
         """HOG as glyphs, every cell GLYPH px wide. What exceeds 1, without `local_norm`, is scaled down to it."""
+        if self.predict == "pixels":
+            return unpatchify(prediction.float(), self.patch)
         h = from_patches(prediction.float(), SIDE)
         return Normalize().apply(glyphs(h / h.amax((1, 2, 3, 4), keepdim=True).clamp(min=1), GLYPH))
 

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import data
 from ..clustering import check_clusters, halves, kmeans
 from ..errors import InputError
 from ..evaluate.features import extract
@@ -106,7 +105,7 @@ class ODC(Method):
         """The first clusters: k-means of all images as the untrained network sees them. A resumed run has clusters."""
         if self.clustered:
             return
-        images, (rank, processes), device = data.load(run.recipe.data), world(), self.labels.device
+        images, (rank, processes), device = run.recipe.load(), world(), self.labels.device
         mine = torch.arange(len(images)).tensor_split(processes)[rank]
         found = extract(nn.Sequential(self.backbone, self.projector), images.subset(mine), size=run.recipe.size,
                         device=device, workers=loader_workers("auto", images, processes))

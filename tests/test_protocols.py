@@ -1,0 +1,169 @@
+"""Protocols that train on labels: what moves, what must not, what is tested and what is written down."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sslnb import Run, data, methods, pretrain
+from sslnb.errors import InputError
+from sslnb.evaluate.linear import LINEAR
+from sslnb.evaluate.supervised import Supervised, labels_of, train_protocol
+
+PROBE = LINEAR["linear, BarlowTwins protocol"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A short run to evaluate."""
+    recipe = methods.recipes("simclr")["demo"].with_(epochs=1, batch=160)
+    return pretrain(recipe, out=tmp_path_factory.mktemp("source") / "run")
+
+
+@pytest.fixture(scope="module")
+def probed(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("probe") / "run"
+    row = train_protocol(source, "linear, BarlowTwins protocol", PROBE, out=out, epochs=3, batch=8)
+    return row, Run.open(out)
+
+
+# ---------------------------------------------------------------- the published protocols
+
+
+@pytest.mark.parametrize("name, total, lr, decay, optimizer, epochs", [
+    ("linear, MoCo protocol", 256, 30.0, 0.0, "sgd", 100),
+    ("linear, SimSiam protocol", 4096, 1.6, 0.0, "lars", 90),
+    ("linear, BarlowTwins protocol", 256, 0.3, 1e-6, "sgd", 100),
+    ("linear, MoCoV3 protocol", 1024, 12.0, 0.0, "sgd", 90)])
+def test_the_linear_protocols_are_those_of_the_spec(name, total, lr, decay, optimizer, epochs):
+    r = LINEAR[name]
+    assert (r.total_batch, r.lr, r.weight_decay, r.optimizer, r.epochs) == (total, lr, decay, optimizer, epochs)
+    assert r.size == 224 and r.sgd_momentum == 0.9 and r.warmup_epochs == 0
+
+
+def test_rates_change_once_per_epoch():
+    steps = 5004
+    moco, cosine = LINEAR["linear, MoCo protocol"], LINEAR["linear, MoCoV3 protocol"]
+    assert [moco.lr_at(e * steps + steps - 1, steps) for e in (0, 59, 60, 80)] == pytest.approx([30, 30, 3, 0.3])
+    assert cosine.lr_at(0, 1251) == cosine.lr_at(1250, 1251) == 12.0
+    assert cosine.lr_at(45 * 1251, 1251) == pytest.approx(6.0)
+    assert cosine.lr_at(90 * 1251 - 1, 1251) == pytest.approx(6 * (1 + math.cos(math.pi * 89 / 90)))
+
+
+def test_the_real_probe_trains_two_tensors_and_keeps_the_backbone_in_eval_mode():
+    with torch.device("meta"):
+        method = LINEAR["linear, MoCo protocol"].build().train()
+    assert [p.shape for p in method.parameters() if p.requires_grad] == [(1000, 2048), (1000,)]
+    assert method.training and not any(m.training for m in method.backbone.modules())
+    with torch.device("meta"):
+        vit = LINEAR["linear, MoCoV3 protocol"].build()
+    assert vit.backbone.blocks[0].attn.num_heads == 12 and vit.head.in_features == 384
+
+
+def test_lars_adapts_the_bias_only_in_simsiams_protocol():
+    for name, wanted in (("linear, SimSiam protocol", True), ("linear, MoCo protocol", False)):
+        with torch.device("meta"):
+            (group,) = LINEAR[name].build().param_groups(LINEAR[name])
+        assert bool(group.get("adapt_vectors")) == wanted and len(group["params"]) == 2
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_nothing_of_a_frozen_backbone_moves(source, probed):
+    before, after = source.backbone().state_dict(), probed[1].method().backbone.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+    assert probed[1].method().head.weight.abs().max() > 0.05, "and the head did"
+
+
+def test_the_row_is_what_the_head_says_of_every_test_image(source, probed):
+    row, run = probed
+    method, images = run.method(), data.load("digits_scattered", "test")
+    (x,) = method.test_view(20)([images[i] for i in range(len(images))])
+    with torch.no_grad():
+        logits = method.head(method.backbone(x))
+    labels = torch.as_tensor(images.labels)
+    assert row["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=1e-3)
+    right5 = (logits.topk(5).indices == labels[:, None]).any(1).float().mean().item()
+    assert row["top5"] == pytest.approx(100 * right5, abs=1e-3) and row["n"] == len(images)
+    assert row["best"] >= row["top1"] and row["interval"][0] < row["top1"] < row["interval"][1]
+
+
+def test_the_row_says_what_was_changed_and_is_written_beside_both_runs(source, probed):
+    row, run = probed
+    assert row["protocol"] == "linear, BarlowTwins protocol, with epochs 3, batch 8"
+    for folder in (run.path, source.path):
+        assert json.loads((folder / "results.jsonl").read_text().splitlines()[-1]) == row
+    assert [r["epoch"] for r in run.history("test")] == [1, 2, 3]
+
+
+def test_a_finished_protocol_is_not_trained_again(source, probed, capsys):
+    row, run = probed
+    again = train_protocol(source, "linear, BarlowTwins protocol", PROBE, out=run.path, epochs=3, batch=8)
+    assert again["top1"] == row["top1"] and "is finished already" in capsys.readouterr().out
+
+
+def test_a_resumed_run_does_not_begin_with_the_first_weights_again(probed):
+    run = probed[1]
+    method = run.method()
+    with torch.no_grad():
+        method.backbone.conv1[0].weight.zero_()
+    method.before_train(run)
+    assert method.started and (method.backbone.conv1[0].weight == 0).all()
+    fresh = run.recipe.build()
+    fresh.before_train(run)
+    assert torch.equal(fresh.backbone.conv1[0].weight, run.method().backbone.conv1[0].weight)
+
+
+def test_a_trainable_backbone_is_trained_with_its_own_rate(tmp_path, source):
+    recipe = PROBE.with_(frozen=False, head_lr=10.0, weight_decay=1e-4)
+    train_protocol(source, "all of it", recipe, out=tmp_path / "run", epochs=1, batch=8)
+    method = Run.open(tmp_path / "run").method()
+    before = source.backbone().state_dict()
+    moved = [k for k, v in method.backbone.state_dict().items() if not torch.equal(v, before[k])]
+    assert len(moved) == len(before)
+    groups = method.param_groups(recipe)
+    assert [g.get("lr_scale", 1.0) for g in groups] == [1.0, 10.0]
+    assert any(m.training for m in method.train().backbone.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_a_timm_name_is_a_source_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = train_protocol("resnet_mini", "untrained", PROBE, "digits_scattered", out=tmp_path / "run", size=20, epochs=1,
+                         batch=16)
+    assert row["source"] == "resnet_mini (untrained)" and 0 < row["top1"] < 60
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+class Images:
+    name, split = "some images", "train"
+
+    def __init__(self, labels):
+        self.labels = labels
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1, -1]])
+def test_images_without_labels_are_named(labels):
+    with pytest.raises(InputError, match="some images has no labels for every image"):
+        labels_of(Images(labels), 10)
+
+
+def test_classes_that_do_not_match_are_named():
+    with pytest.raises(InputError, match=r"some images \(train\) has a class 7, but the classifier has 5 classes"):
+        labels_of(Images([0, 7]), 5)
+    assert labels_of(Images([0, 4]), 5).tolist() == [0, 4]
+
+
+def test_without_labels_nothing_is_written(source, tmp_path):
+    with pytest.raises(InputError, match="photos has no labels"):
+        train_protocol(source, "probe", PROBE, "photos", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_accuracy_is_counted_without_touching_the_mode():
+    method = Supervised(methods.recipes("simclr")["demo"].build().backbone, classes=10)
+    assert method.train().training and not method.backbone.training
