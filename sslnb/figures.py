@@ -404,7 +404,8 @@ def spectra(pictures: Mapping[str, Tensor], normalize, title: str = "") -> Figur
         above[i].set_title(name, fontsize=9)
         power = torch.stack([(amplitude[..., rings == r] ** 2).mean().sqrt() for r in range(13)])
         first = power if first is None else first
-        curve.plot([r / 24 for r in range(13)], (power / first).tolist(), color=COLORS[i % 8], ls=STYLES[i % 4], label=name)
+        curve.plot([r / 24 for r in range(13)], (power / first).tolist(), color=COLORS[i % 8], ls=STYLES[i % 4],
+                   label=name)
     curve.set(xlabel="waves per pixel", ylim=(0, None))
     curve.set_title(f"amplitude, relative to {next(iter(pictures))}", fontsize=9)
     curve.legend(frameon=False, fontsize=8)

@@ -27,7 +27,7 @@ ZOO = methods.recipes("deepcluster")["r50_sobel_8xb64_step_ep200"]
 def few(monkeypatch):
     """The demo on 60 digits, in 6 clusters, without loading more."""
     images = data.load("digits_scattered").subset(range(60))
-    monkeypatch.setattr(data, "load", lambda name: images)
+    monkeypatch.setattr(data, "load", lambda *_, **__: images)
     recipe = DEMO.with_(images=60, clusters=6, pca=8, every=1, batch=20)
     return recipe.build(), SimpleNamespace(recipe=recipe, seed=0)
 

@@ -130,6 +130,8 @@ def test_hog_is_in_full_precision_under_autocast_and_has_no_gradient():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = hog(images)
         assert inside.dtype == torch.float32 and torch.equal(inside, hog(images.detach()))
+        half = images.detach().bfloat16()
+        assert torch.equal(hog(half), hog(half.float())), "never computed in what autocast left"
     assert not inside.requires_grad
     gx, gy = gradients(images)
     assert gx.shape == gy.shape == images.shape
