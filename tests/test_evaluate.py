@@ -516,7 +516,7 @@ def test_diagnose_copes_with_gaps():
 class FakeRun:
     def __init__(self, path: Path):
         self.path, self.net = path, Net()
-        self.recipe = types.SimpleNamespace(size=12, pool="model", data="named",
+        self.recipe = types.SimpleNamespace(size=12, pool="model", data="named", backbone="net", backbone_numbers={},
                                             build=lambda: types.SimpleNamespace(backbone=Net()))
 
     def backbone(self):

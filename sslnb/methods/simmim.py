@@ -129,7 +129,7 @@ _imagenet = Recipe(
 RECIPES = {
     "demo": Recipe(
         method="simmim", backbone="swin_mini", backbone_numbers={"depths": (1, 2), "drop_path_rate": 0.0}, size=28,
-        data="fashion_small", batch=50, epochs=9, warmup_epochs=1, optimizer="adamw", lr=8e-3, weight_decay=0.05,
+        data="fashion_small", batch=50, epochs=8, warmup_epochs=1, optimizer="adamw", lr=8e-3, weight_decay=0.05,
         clip=5.0, numbers={"unit": 4, "crop": (0.9, 1.0)},
         source="ours", sources={"weight_decay": "official code", "clip": "official code", "mask_ratio": "paper"}),
     "swin_base_sz192_8xb128_accu2_cos_ep100": _imagenet.with_(
