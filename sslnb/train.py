@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -176,8 +177,8 @@ class Trainer:
             self._stop_if_not_finite()
         progress = (self.step + 1) / self.total
         self.method.before_step(progress)
-        if recipe.clip:
-            self.accelerator.clip_grad_norm_(optim.trainable(self.model), recipe.clip)
+        if recipe.clip or (self.step + 1) % self.log_every == 0:  # the norm is that before clipping
+            sums["grad_norm"] = self.accelerator.clip_grad_norm_(optim.trainable(self.model), recipe.clip or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1

@@ -140,10 +140,12 @@ class ChannelWise(nn.Module):
 
 RECIPES = {
     "demo": Recipe(
-        method="inpainting", backbone="resnet_mini", size=28, data="fashion_small", batch=125, epochs=20,
+        method="inpainting", backbone="resnet_mini", size=28, data="fashion_small", batch=125, epochs=15,
         warmup_epochs=1, optimizer="adamw", lr=4e-3, weight_decay=0.05,
-        numbers={"hole": "region", "unit": 4, "decoder_dim": 64, "crop": (0.9, 1.0)}, source="ours",
-        sources={"mask_ratio": "official code"}),
+        numbers={"hole": "region", "unit": 4, "decoder_dim": 32, "crop": (0.9, 1.0)}, source="ours",
+        sources={"mask_ratio": "official code"},
+        note="One rectangle, not strewn squares: on held-out training clothes the former's weights paint either kind "
+             "of hole (15.0 and 15.4 dB), the latter's only their own (10.7 and 17.3)."),
     # OURS. The zoo's row has a batch, epochs and a result, but no config for it is public, and no code either: the
     # optimizer is that of its other pretext tasks of 70 epochs (rotation, relative location), all else our choice.
     "r50_8xb64_step_ep70": Recipe(
