@@ -129,10 +129,10 @@ _official = Recipe(
 
 RECIPES = {
     "demo": Recipe(
-        method="cae", backbone="beit_mini", backbone_numbers=_beit, size=28, data="fashion_small", batch=125, epochs=16,
+        method="cae", backbone="beit_mini", backbone_numbers=_beit, size=28, data="fashion_small", batch=125, epochs=10,
         warmup_epochs=1, optimizer="adamw", lr=4e-3, weight_decay=0.05, clip=3.0, pool="mean",
         numbers={"mask_ratio": 0.5, "least": 4, "regressor_depth": 2, "decoder_depth": 1, "tokenizer": "kmeans",
-                 "vocab_size": 128, "cell": 4, "crop": (0.9, 1.0)},
+                 "vocab_size": 256, "cell": 4, "crop": (0.9, 1.0)},
         source="ours", sources=dict.fromkeys(("mask_ratio", "align", "weight_decay", "clip"), "official code"),
         note="A second view of the same size: k-means needs no more than a patch for a token."),
     "vit_base_sz224_8xb64_accu4_cos_fp16_ep300": _official.with_(
