@@ -10,10 +10,11 @@ import pytest
 
 from sslnb import data, methods, pretrain
 from sslnb.evaluate import evaluate, mean_interval
-from sslnb.evaluate.reconstruction import masked_psnr
+from sslnb.evaluate.reconstruction import masked_error, masked_psnr
 
 pytestmark = pytest.mark.slow
 SEEDS = (0, 1, 2)
+PAINTERS = ("mae", "simmim", "a2mim", "inpainting")
 
 
 def results(method: str, folder, protocols=("knn", "linear")) -> dict[str, list[float]]:
@@ -25,7 +26,7 @@ def results(method: str, folder, protocols=("knn", "linear")) -> dict[str, list[
         for row in evaluate(run, protocols=protocols, seed=seed):
             name = "trained" if row["source"] == run.path.name else row["source"]
             found.setdefault(f"{name} {row['protocol'].split()[0]}", []).append(row["top1"])
-        if method == "mae":
+        if method in PAINTERS:
             psnr = masked_psnr(run, data.load(recipe.data, "test"))
             found.setdefault("trained psnr", []).append(psnr.model)
             found.setdefault("baseline psnr", []).append(psnr.baseline)
@@ -73,3 +74,17 @@ def test_mae_beats_its_start_by_15_points_and_the_mean_by_5_decibel(tmp_path):
     found = results("mae", tmp_path)
     clearly_above(found["trained knn"], found["random initialisation knn"], by=15)
     clearly_above(found["trained psnr"], found["baseline psnr"], by=5)
+
+
+@pytest.mark.parametrize("method", ["simmim", "a2mim", "inpainting"])
+def test_painters_beat_the_mean_of_the_visible_pixels_by_3_decibel(method, tmp_path):
+    found = results(method, tmp_path, [])
+    clearly_above(found["trained psnr"], found["baseline psnr"], by=3)
+
+
+def test_maskfeat_says_how_hidden_edges_run_better_than_the_mean_of_the_visible_ones(tmp_path):
+    recipe = methods.recipes("maskfeat")["demo"]
+    runs = [pretrain(recipe, out=tmp_path / str(seed), seed=seed) for seed in SEEDS]
+    errors = [masked_error(run, data.load(recipe.data, "test")) for run in runs]
+    print(f"\nDEMO maskfeat explained {[round(e.explained, 3) for e in errors]}")
+    clearly_above([-e.model for e in errors], [-e.baseline for e in errors], by=0.1 * errors[0].baseline)

@@ -171,7 +171,7 @@ class ODC(Method):
 
 RECIPES = {
     "demo": Recipe(
-        method="odc", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=40,
+        method="odc", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=60,
         optimizer="sgd", lr=0.1, weight_decay=1e-5,
         numbers={"images": 1300, "clusters": 25, "min_cluster": 3, "hidden_dim": 128, "dim": 64, "dropout": 0.0,
                  "crop": (0.5, 1.0), "pad": 2, "jitter": 0.5, "flip": 0.0, "rotate": 0.0, "hue": 0.0, "grey": 0.0},
