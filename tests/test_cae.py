@@ -9,7 +9,7 @@ from torch import nn
 
 from sslnb import backbones, data, figures, methods, optim, tokenizers
 from sslnb.errors import InputError
-from sslnb.evaluate.reconstruction import masked_psnr
+from sslnb.evaluate.reconstruction import masked_error, masked_psnr
 from sslnb.masking import upsample_mask, visible_first
 from sslnb.methods.cae import CAE, RECIPES
 from sslnb.methods.cae_neck import CrossBlock, Regressor
@@ -341,7 +341,11 @@ def test_a_runs_tokenizer_is_in_its_checkpoint_and_not_in_its_backbone(tiny, tmp
     assert set(load_file(run.path / "backbone.safetensors")) == set(method.backbone.state_dict())
     assert {"accuracy", "cross_entropy", "distance"} <= set(run.history()[-1])
     assert set(run.snapshots()[-1][1]) == {"images", "mask", "reconstruction"}
-    assert masked_psnr(run, data.load("few_digits", "test"), limit=50).n == 50
+    test = data.load("few_digits", "test")
+    psnr = masked_psnr(run, test, limit=50)
+    assert psnr.n == 50 and psnr.ceiling > psnr.model, "no token is as good as the pixels themselves"
+    with pytest.raises(InputError, match="guesses tokens.*use masked_psnr"):
+        masked_error(run, test)
 
 
 def test_without_a_file_a_run_of_the_zoo_ends_before_its_first_step_with_a_sentence(tmp_path):

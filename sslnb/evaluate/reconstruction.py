@@ -15,11 +15,13 @@ from .pixels import read
 
 @dataclass
 class Psnr:
-    """Decibel on removed pixels of `n` images: the model's, and that of the mean of each image's visible pixels."""
+    """Decibel on removed pixels of `n` images: the model's, of the mean of each image's visible pixels, and of a
+    perfect prediction, which for methods that guess tokens is not the image itself."""
 
     model: float
     baseline: float
     n: int
+    ceiling: float
 
 
 @torch.no_grad()
@@ -37,18 +39,19 @@ def masked_psnr(run, images, *, limit: int = 1000, batch: int = 250, seed: int =
         raise InputError(f"In pictures of what this run of {run.recipe.method} predicts, {method.borrows} taken from "
                          "the hidden truth, so their PSNR would not be the model's; measure one that predicts pixels.")
     normalize = method.views(run.recipe.size).normalize
-    errors = torch.zeros(2)
+    errors = torch.zeros(3)
     removed = count = 0
     for truth, x, mask in _batches(run, method, images, limit, batch, seed):
         hole = upsample_mask(mask, method.patch)
         visible = 1 - hole
         mean = (truth * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True)
-        for i, painted in enumerate((normalize.undo(method.to_image(method.reconstruct(x, mask), x)), mean)):
+        ours, best = (normalize.undo(method.to_image(y, x)) for y in (method.reconstruct(x, mask), method.target(x)))
+        for i, painted in enumerate((ours, mean, best)):
             errors[i] += ((painted - truth) ** 2 * hole).sum()
         removed += int(hole.sum()) * truth.shape[1]
         count += len(x)
-    model, baseline = (-10 * torch.log10(errors / removed)).tolist()
-    return Psnr(model, baseline, count)
+    model, baseline, ceiling = (-10 * torch.log10(errors / removed)).tolist()
+    return Psnr(model, baseline, count, ceiling)
 
 
 @dataclass
@@ -71,12 +74,15 @@ def masked_error(run, images, *, limit: int = 1000, batch: int = 250, seed: int 
 
     The rival predicts for every hidden patch the mean of the targets of the visible patches of the same image. Masks
     are drawn from `seed`. Errors of methods with different targets are different quantities. Errors: InputError for a
-    run that hides nothing.
+    run that hides nothing, and for one that guesses tokens, whose numbers have no distance.
     """
     method = _masked(run)
     errors = torch.zeros(2)
     removed = count = 0
     for _, x, mask in _batches(run, method, images, limit, batch, seed):
+        if not method.target(x[:1]).is_floating_point():
+            raise InputError(f"{run.recipe.method} guesses tokens, and the numbers of two tokens say nothing about how "
+                             "far they are apart; use masked_psnr, which compares their pictures.")
         target, prediction = (y.float() if y.ndim == 3 else patchify(y.float(), method.patch)  # pictures too
                               for y in (method.target(x), method.reconstruct(x, mask)))
         visible = (1 - mask)[:, :, None]
