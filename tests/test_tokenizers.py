@@ -83,6 +83,17 @@ def test_clusters_describe_clothes_better_than_the_random_start_does(fitted, clo
     assert len(fitted.tokenize(clothes[1]).unique()) > 24, "nearly every centre is used"
 
 
+def test_equal_cells_count_once_so_that_not_every_word_is_black():
+    def view(images):
+        cells = torch.full((50, 3, 28, 28), 0.1)  # all black but for one image
+        cells[0] = torch.rand(3, 28, 28, generator=torch.Generator().manual_seed(0))
+        return cells
+
+    tokenizer = KMeans(16, 4)
+    tokenizer.fit(range(50), view, seed=0)
+    assert int((tokenizer.centres.amax(1) < 0.11).sum()) <= 1
+
+
 def test_the_same_data_and_seed_give_the_same_centres_and_they_are_in_the_state(fitted, clothes):
     torch.manual_seed(77)  # the random state of another process
     before = torch.get_rng_state()
