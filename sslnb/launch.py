@@ -56,6 +56,15 @@ class Stop:
         return KeyboardInterrupt(self.reason) if self.reason == "SIGINT" else SystemExit(143)
 
 
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True where any process says True, so that all of them stop at the same step."""
+    if not dist.is_initialized():
+        return flag
+    told = torch.tensor(float(flag), device=device)
+    dist.all_reduce(told)
+    return bool(told > 0)
+
+
 def limit_threads(processes: int) -> None:
     """Half of the CPU's cores for all processes together, unless OMP_NUM_THREADS says otherwise.
 
@@ -105,7 +114,7 @@ def join() -> None:
     dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
 
 
-def launch(run: Run, processes: int) -> None:
+def torchrun(run: Run, processes: int) -> None:
     """Train in `processes` fresh processes through torchrun and follow them. Raises RuntimeError if the run fails.
 
     Fresh ones, because a kernel that has used CUDA or threads cannot be forked safely. Nothing here waits for a

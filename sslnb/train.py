@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import optim, parts
+from . import launch, optim, parts
 from .checks import prepare
 from .errors import InputError, NonFinite
 from .evaluate.collapse import output_std
-from .launch import Stop, Unbreakable, accelerator, join, launch, limit_threads, random_state, set_random_state
 from .monitor import FiniteWatch, Meter, Monitor
 from .reading import EpochSampler, ViewSet, loader_workers
 from .recipes import Recipe
@@ -40,7 +39,7 @@ def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Pa
     if run.status().get("state") == "done":
         print(f"{run.path} is finished already ({run.status()['total']} steps); its results are used.")
     elif processes > 1:
-        launch(run, processes)
+        launch.torchrun(run, processes)
     else:
         train(run)
     return run
@@ -53,7 +52,7 @@ def train(run: Run) -> None:
         if rank == 0:
             stack.enter_context(run.lock())
             run.write_status(state="running", pid=os.getpid(), reason="", final=False)
-        stop = stack.enter_context(Stop())
+        stop = stack.enter_context(launch.Stop())
         try:
             trainer = Trainer(run)
             stack.callback(trainer.close)
@@ -76,7 +75,7 @@ class Trainer:
     def __init__(self, run: Run):
         self.run, self.recipe, self.seed = run, run.recipe, run.seed
         settings, recipe = run.settings, run.recipe
-        self.accelerator = accelerator(recipe.precision, settings["trackers"], run.path)
+        self.accelerator = launch.accelerator(recipe.precision, settings["trackers"], run.path)
         self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if world != recipe.gpus:
@@ -85,7 +84,7 @@ class Trainer:
         self.cuda = self.device.type == "cuda"
         self.threads = torch.get_num_threads()
         if not self.cuda:
-            limit_threads(world)
+            launch.limit_threads(world)
 
         torch.manual_seed(self.seed)  # before anything is built, and the same everywhere
         method = recipe.build()
@@ -120,7 +119,7 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
-    def fit(self, stop: Stop) -> None:
+    def fit(self, stop: launch.Stop) -> None:
         run, method = self.run, self.method
         start = time.time() - run.status().get("seconds", 0.0)
         if self.main:
@@ -138,14 +137,18 @@ class Trainer:
             batches = iter(self.loader)
             for _ in range(self.step % self.per_epoch, self.per_epoch):
                 terms = self._step(batches, meter)
-                if self.step % self.log_every == 0 or self.step == self.total:
+                if self._logged(self.step):
                     meter.log(terms, start)
                 if self.step % self.per_epoch == 0:
                     self._end_of_epoch(epoch, start)
                 # Last, so that a run that stops here has nothing left to do for this step when it comes back.
-                if self.step % self.check_every == 0 and self._any(stop.asked):
+                if self.step % self.check_every == 0 and launch.any_process(stop.asked, self.device):
                     self._leave(start, stop)
         self._finish(start)
+
+    def _logged(self, step: int) -> bool:
+        """Whether the log has a row of this step: what only the log wants is computed for it alone."""
+        return step % self.log_every == 0 or step == self.total
 
     def _seek(self, step: int) -> None:
         """The loader next starts at this optimizer step."""
@@ -171,14 +174,16 @@ class Trainer:
             for name, value in out.items():
                 if value.ndim == 0:
                     sums[name] = sums.get(name, 0.0) + value.detach() / accum
-        sums |= output_std(out)
         self.finite.note(sums, self.step)
         if (self.step + 1) % self.check_every == 0:
             self._stop_if_not_finite()
         progress = (self.step + 1) / self.total
         self.method.before_step(progress)
-        if recipe.clip or (self.step + 1) % self.log_every == 0:  # the norm is that before clipping
+        logged = self._logged(self.step + 1)
+        if recipe.clip or logged:  # the norm is that before clipping
             sums["grad_norm"] = self.accelerator.clip_grad_norm_(optim.trainable(self.model), recipe.clip or math.inf)
+        if logged:
+            sums |= output_std(out)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -210,7 +215,7 @@ class Trainer:
                                   skipped_steps=self.skipped)
         self.accelerator.wait_for_everyone()
 
-    def _leave(self, start: float, stop: Stop) -> None:
+    def _leave(self, start: float, stop: launch.Stop) -> None:
         self.save(start)
         if self.main:
             self.run.write_status(state="interrupted", reason=stop.reason)
@@ -221,7 +226,7 @@ class Trainer:
     def _stop_if_not_finite(self) -> None:
         """End the run at the first bad step, before an update (CPU) or a checkpoint (any device) can keep its harm."""
         step, bad = self.finite.first_bad()
-        if not self._any(bool(bad)):
+        if not launch.any_process(bool(bad), self.device):
             return
         if not bad:
             raise NonFinite("The loss of another process is not finite; its file in the run directory says where.")
@@ -235,16 +240,6 @@ class Trainer:
         raise NonFinite(f"{', '.join(bad)} is not finite at step {step}; the batch is in {path.name}. "
                         "Try a lower lr, a longer warm-up, or bf16 instead of fp16.")
 
-    # ------------------------------------------------------------ between processes
-
-    def _any(self, flag: bool) -> bool:
-        """True where any process says True, so that all of them stop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        told = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(told)
-        return bool(told > 0)
-
     # ------------------------------------------------------------ save and resume
 
     def save(self, start: float) -> None:
@@ -252,7 +247,7 @@ class Trainer:
         from accelerate.utils import gather_object
 
         self._stop_if_not_finite()
-        random_states = gather_object([random_state(self.cuda)])
+        random_states = gather_object([launch.random_state(self.cuda)])
         if not self.main:
             return
         scaler = self.accelerator.scaler
@@ -273,7 +268,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        set_random_state(state["random"][self.accelerator.process_index])
+        launch.set_random_state(state["random"][self.accelerator.process_index])
         if self.main:
             self.run.rewind_log(self.step)
             self.run.append("event", step=self.step, text="resumed")
@@ -290,8 +285,8 @@ def main() -> None:
     run = Run.open(sys.argv[1])
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and run.status().get("final"):
         sys.exit(1)  # torchrun starts processes again after any error; this one would only repeat itself
-    sys.stdout = Unbreakable(sys.stdout)
-    join()
+    sys.stdout = launch.Unbreakable(sys.stdout)
+    launch.join()
     try:
         train(run)
     except InputError as error:

@@ -68,55 +68,69 @@ def reconstructions(method, images: torch.Tensor, normalize, seed: int = 0):
 
     A clicked patch is hidden or shown again in every image. Headless: the static figure.
     """
-    length = (images.shape[-1] // method.patch) ** 2
-    noise = torch.rand(len(images), length, generator=torch.Generator().manual_seed(seed))
+    side = images.shape[-1] // method.patch
+    noise = torch.rand(len(images), side * side, generator=torch.Generator().manual_seed(seed))
 
-    def draw(mask_ratio: float) -> Figure:
-        return figures.reconstructions(method, images, random_mask(noise, mask_ratio), normalize)
+    def draw(mask: torch.Tensor) -> Figure:
+        return figures.reconstructions(method, images, mask, normalize)
 
     if not interactive():
-        return draw(method.mask_ratio)
-    return mask_board(draw, noise, method.mask_ratio)
+        return draw(random_mask(noise, method.mask_ratio))
+    return mask_board(draw, {side: noise}, method.mask_ratio)
 
 
-def mask_board(draw: Callable[[float], Figure], noise: torch.Tensor, mask_ratio: float):
-    """Slider, board of patches and picture. `noise` (B, L) is changed in place by clicks: low stays, high goes."""
+def mask_board(draw: Callable[[torch.Tensor], Figure], noise: Mapping[int, torch.Tensor], mask_ratio: float,
+               more: Callable[[Callable], Sequence] = lambda redraw: ()):
+    """Slider, board of squares and picture: `draw(mask)` again whenever something moves, mask (B, L).
+
+    `noise`: (B, n²) for every number n of squares in a row that may be chosen, changed in place by clicks: low stays,
+    high goes. `more(redraw)`: further controls.
+    """
     import ipywidgets as w
 
-    length = noise.shape[1]
-    side = round(length**0.5)
-    slider = w.FloatSlider(value=mask_ratio, min=0.001, max=1 - 1 / length - 1e-6, step=0.05,  # one patch stays
-                           description="mask ratio", continuous_update=False)
-    tiles = [w.Button(layout=w.Layout(width="26px", height="26px", margin="1px", padding="0")) for _ in range(length)]
-    image = _image()
+    grids = w.Dropdown(options=[(f"{n} x {n} squares", n) for n in noise], description="mask of")
+    slider = w.FloatSlider(value=mask_ratio, min=0.001, max=1, step=0.05, description="mask ratio",
+                           continuous_update=False)
+    board, image = w.GridBox(), _image()
+
+    def mask() -> torch.Tensor:
+        return random_mask(noise[grids.value], slider.value)
 
     def redraw(_=None) -> None:
-        mask = random_mask(noise[:1], slider.value)[0]
-        for tile, hidden in zip(tiles, mask.tolist(), strict=True):
+        now = mask()
+        for tile, hidden in zip(board.children, now[0].tolist(), strict=True):
             tile.style.button_color = "#444444" if hidden else "#E8E8E8"
             tile.tooltip = "hidden" if hidden else "visible"
-        image.value = _png(draw(slider.value))
+        image.value = _png(draw(now))
 
     def click(place: int) -> None:
-        mask = random_mask(noise[:1], slider.value)[0]
-        hidden = mask[place] > 0
-        visible = length - int(mask.sum()) + (1 if hidden else -1)
-        if not 0 < visible < length:
+        now, row = mask()[0], noise[grids.value]
+        visible = int((now == 0).sum()) + (1 if now[place] else -1)
+        if not 0 < visible < len(now):
             return  # something must stay visible, and something hidden
-        noise[:, place] = noise.min(1).values - 1 if hidden else noise.max(1).values + 1
-        ratio = 1 - visible / length - 1e-6  # so that exactly `visible` patches stay
+        row[:, place] = row.min(1).values - 1 if now[place] else row.max(1).values + 1
+        ratio = 1 - visible / len(now) - 1e-6  # so that exactly `visible` squares stay
         if abs(ratio - slider.value) > 1e-9:
             slider.value = ratio  # redraws
         else:
             redraw()
 
-    for place, tile in enumerate(tiles):
-        tile.on_click(lambda _, place=place: click(place))
+    def lay_out(_=None) -> None:
+        n = grids.value
+        square = w.Layout(width="26px", height="26px", margin="1px", padding="0")
+        tiles = [w.Button(layout=square) for _ in range(n * n)]
+        for place, tile in enumerate(tiles):
+            tile.on_click(lambda _, place=place: click(place))
+        board.children, board.layout.grid_template_columns = tiles, f"repeat({n}, 28px)"
+        slider.max = 1 - 1 / n**2 - 1e-6  # one square stays
+        redraw()
+
     slider.observe(redraw, "value")
-    redraw()
-    board = w.GridBox(tiles, layout=w.Layout(grid_template_columns=f"repeat({side}, 28px)"))
-    hint = w.Label("Click a patch to hide it or to show it again.")
-    return w.HBox([w.VBox([slider, hint, board], layout=w.Layout(flex="0 0 auto", overflow="visible")), image])
+    grids.observe(lay_out, "value")
+    lay_out()
+    hint = w.Label("Click a square to hide it or to show it again.")
+    controls = [slider, *([grids] if len(noise) > 1 else []), *more(redraw), hint, board]
+    return w.HBox([w.VBox(controls, layout=w.Layout(flex="0 0 auto", overflow="visible")), image])
 
 
 def masking(sources: Mapping[str, object], image=None, mask_ratio: float = 0.6, seed: int = 0):
@@ -132,17 +146,16 @@ def masking(sources: Mapping[str, object], image=None, mask_ratio: float = 0.6, 
     if len(set(sizes.values())) > 1:
         raise InputError(f"Side by side needs one image size, and these have {sizes}; train them at the same one.")
     size = next(iter(sizes.values()))
-    shown = {"image": _square(image, size)}
-    cells = [n for n in (4, 7, 14) if size % n == 0] or [7]
+    state = {"image": _square(image, size), "amplitudes": False}
+    numbers = [n for n in (7, 4, 14) if size % n == 0] or [7]  # of squares in a row
+    noise = {n: torch.rand(1, n * n, generator=torch.Generator().manual_seed(seed)) for n in numbers}
 
-    def draw(mask: torch.Tensor, amplitudes: bool) -> Figure:
-        return figures.side_by_side(methods, shown["image"], mask, amplitudes)
+    def draw(mask: torch.Tensor) -> Figure:
+        return figures.side_by_side(methods, state["image"], mask[0], state["amplitudes"])
 
-    noise = {n: torch.rand(1, n * n, generator=torch.Generator().manual_seed(seed)) for n in cells}
-    first = 7 if 7 in cells else cells[0]
     if not interactive():
-        return draw(random_mask(noise[first], mask_ratio)[0], False)
-    return side_by_side(draw, noise, first, mask_ratio, lambda picture: shown.update(image=_square(picture, size)))
+        return draw(random_mask(noise[numbers[0]], mask_ratio))
+    return mask_board(draw, noise, mask_ratio, lambda redraw: _what_to_show(state, size, redraw))
 
 
 def painter(source) -> Masked:
@@ -161,58 +174,28 @@ def painter(source) -> Masked:
     return method
 
 
-def side_by_side(draw: Callable[[torch.Tensor, bool], Figure], noise: dict[int, torch.Tensor], cells: int,
-                 mask_ratio: float, upload: Callable):
-    """The widget of `masking`: `noise` (1, n²) for every number n of squares in a row, changed in place by clicks."""
+def _what_to_show(state: dict, size: int, redraw: Callable) -> list:
+    """A checkbox for amplitudes, an upload, and a line for what is wrong with it."""
     import ipywidgets as w
 
-    ratio = w.FloatSlider(value=mask_ratio, min=0.05, max=0.95, step=0.05, description="mask ratio",
-                          continuous_update=False)
-    squares = w.Dropdown(options=[(f"{n} x {n} squares", n) for n in noise], value=cells, description="mask of")
     amplitudes = w.Checkbox(description="Fourier amplitudes", indent=False)
-    file = w.FileUpload(accept="image/*", description="your image")
-    message, image, board = w.Label(), _image(), w.VBox()
-
-    def redraw(_=None) -> None:
-        mask = random_mask(noise[squares.value], ratio.value)[0]
-        board.children = [_board(mask, click)]
-        image.value = _png(draw(mask, amplitudes.value))
-
-    def click(place: int) -> None:
-        now, row = random_mask(noise[squares.value], ratio.value)[0], noise[squares.value][0]
-        visible = int((now == 0).sum()) + (1 if now[place] else -1)
-        if 0 < visible < len(row):
-            row[place] = row.min() - 1 if now[place] else row.max() + 1
-            ratio.min, ratio.max = 0.0, 1.0
-            ratio.value = 1 - visible / len(row) - 1e-6  # so that exactly `visible` squares stay; redraws
+    file, message = w.FileUpload(accept="image/*", description="your image"), w.Label()
 
     def receive(change) -> None:
         try:
-            upload(Image.open(io.BytesIO(change["new"][0]["content"])))
+            state["image"] = _square(Image.open(io.BytesIO(change["new"][0]["content"])), size)
             message.value = ""
         except (OSError, IndexError) as error:
             message.value = f"This file cannot be read as an image ({error}); try a PNG or a JPEG."
         redraw()
 
-    for control in (ratio, squares, amplitudes):
-        control.observe(redraw, "value")
+    def switch(change) -> None:
+        state["amplitudes"] = change["new"]
+        redraw()
+
+    amplitudes.observe(switch, "value")
     file.observe(receive, "value")
-    redraw()
-    controls = w.VBox([ratio, squares, amplitudes, file, message, board], layout=w.Layout(flex="0 0 auto"))
-    return w.HBox([controls, image])
-
-
-def _board(mask: torch.Tensor, click: Callable[[int], None]):
-    """A button for every square; dark ones are hidden."""
-    import ipywidgets as w
-
-    side = round(len(mask) ** 0.5)
-    tiles = [w.Button(layout=w.Layout(width="26px", height="26px", margin="1px", padding="0"),
-                      tooltip="hidden" if hidden else "visible") for hidden in mask.tolist()]
-    for place, tile in enumerate(tiles):
-        tile.style.button_color = "#444444" if mask[place] else "#E8E8E8"
-        tile.on_click(lambda _, place=place: click(place))
-    return w.GridBox(tiles, layout=w.Layout(grid_template_columns=f"repeat({side}, 28px)"))
+    return [amplitudes, file, message]
 
 
 def _square(image, size: int) -> torch.Tensor:

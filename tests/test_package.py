@@ -67,3 +67,9 @@ def idx_files(tmp_path):
 def test_the_subset_is_made_by_the_documented_function(idx_files):
     make_fashion_small(idx_files, idx_files / "made.npz")
     assert hashes(idx_files / "made.npz") == HASHES
+
+
+def test_every_folder_with_code_is_installed():
+    """An editable install finds them all; a wheel has what pyproject.toml lists."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert set(listed) == {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "sslnb").rglob("__init__.py")}

@@ -130,14 +130,14 @@ def test_the_views_sliders_start_at_the_recipe_and_change_what_the_network_sees(
 class Board:
     """A mask board that keeps the masks it has drawn, and ways to its parts. Without a figure the drawing is empty."""
 
-    def __init__(self, noise, figure=lambda ratio: Figure(figsize=(1, 1)), ratio=0.75):
+    def __init__(self, noise, figure=lambda mask: Figure(figsize=(1, 1)), ratio=0.75):
         self.masks = []
 
-        def draw(ratio):
-            self.masks.append(random_mask(noise, ratio))
-            return figure(ratio)
+        def draw(mask):
+            self.masks.append(mask)
+            return figure(mask)
 
-        self.box = widgets.mask_board(draw, noise, ratio)
+        self.box = widgets.mask_board(draw, {round(noise.shape[1] ** 0.5): noise}, ratio)
         (self.slider,), self.tiles = find(self.box, "FloatSlider"), find(self.box, "Button")
 
     def click(self, place):
@@ -155,9 +155,8 @@ class Board:
 def board(mae, clothes):
     noise = torch.rand(3, 49, generator=torch.Generator().manual_seed(0))
 
-    def figure(ratio):
-        mae.mask_ratio = ratio
-        return figures.reconstructions(mae, clothes[0], noise, clothes[1])
+    def figure(mask):
+        return figures.reconstructions(mae, clothes[0], mask, clothes[1])
 
     return Board(noise, figure)
 

@@ -95,9 +95,6 @@ class A2MIM(Masked):
             f = f * (1 - m) + self.mask_gamma * f * m
         return f + self.mask_token * m
 
-    def target(self, images: Tensor) -> Tensor:
-        return images.float()
-
     @full_precision
     def losses(self, prediction: Tensor, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """L_spa and L_freq."""
@@ -108,9 +105,6 @@ class A2MIM(Masked):
         W = hole + self.fft_visible * (1 - hole)
         mixed = prediction * W + (prediction.detach() + target) / 2 * (1 - W)
         return masked_mean(error.mean(1, keepdim=True), hole), focal_frequency(mixed, target, self.fft_images)
-
-    def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
-        return prediction.float()
 
     def param_groups(self, recipe) -> list[dict]:
         """No weight decay on vectors, tokens, positions and their biases; token and γ may be slower than the rest."""

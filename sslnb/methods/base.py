@@ -87,12 +87,12 @@ class Masked(Method):
         raise NotImplementedError
 
     def target(self, images: Tensor) -> Tensor:
-        """What the loss compares the prediction to."""
-        raise NotImplementedError
+        """What the loss compares the prediction to: the image itself, unless a method says otherwise."""
+        return images.float()
 
     def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
         """A prediction, or a target, as normalised pictures (B, 3, H, W)."""
-        raise NotImplementedError
+        return prediction.float()
 
     def seen(self, images: Tensor, mask: Tensor) -> Tensor | None:
         """The input as the network gets it, if its holes are painted; None if nothing is let in where it is hidden."""

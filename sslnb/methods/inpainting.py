@@ -81,18 +81,12 @@ class Inpainting(Masked):
         """Zero in the hole: the mean colour of all of ImageNet, which tells nothing about this image."""
         return images * (1 - upsample_mask(mask.to(images.device), self.patch))
 
-    def target(self, images: Tensor) -> Tensor:
-        return images.float()
-
     @full_precision
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """L2 in the hole. Where pixels are visible they need only be copied."""
         counted = {"hole": mask, "visible": 1 - mask, "all": torch.ones_like(mask)}[self.loss_on]
         error = ((prediction - target) ** 2).mean(1, keepdim=True)
         return masked_mean(error, upsample_mask(counted, self.patch))
-
-    def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
-        return prediction.float()
 
     def param_groups(self, recipe) -> list[dict]:
         return [{"params": trainable(self), "weight_decay": recipe.weight_decay}]  # biases and norms decay too

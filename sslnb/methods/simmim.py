@@ -63,17 +63,11 @@ class SimMIM(Masked):
         hidden = mask.to(cells.device).view(*cells.shape[:-1], 1) > 0
         return torch.where(hidden, self.mask_token.to(cells.dtype), cells)
 
-    def target(self, images: Tensor) -> Tensor:
-        return images.float()
-
     @full_precision
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         """L1 on hidden pixels. `hidden_only=False` asks for the visible ones too, which only need to be copied."""
         counted = upsample_mask(mask if self.hidden_only else torch.ones_like(mask), self.patch)
         return masked_mean((prediction - target).abs().mean(1, keepdim=True), counted)
-
-    def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
-        return prediction.float()
 
     def param_groups(self, recipe) -> list[dict]:
         """No decay on vectors. Of the rest a Swin spares the mask token, a ViT class token and positions; tables of

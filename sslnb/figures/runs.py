@@ -1,0 +1,69 @@
+"""Runs over time, and what they are worth: curves, the collapse panel, accuracies."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from .base import COLORS, STYLES, grid, panels
+
+
+def curves(runs: Mapping[str, object], value: str = "loss", title: str = "") -> Figure:
+    """One value over epochs for one or several runs, from their logs."""
+    fig, ((ax,),) = panels(1, 1, 6.5, 3.0, title or f"{value} while training")
+    for i, (name, run) in enumerate(runs.items()):
+        rows = [row for kind in ("step", "monitor") for row in run.history(kind) if value in row]
+        ax.plot([r["epoch"] for r in rows], [r[value] for r in rows], color=COLORS[i % 8], ls=STYLES[i % 4],
+                marker="o" * (len(rows) < 30), ms=3, label=name)
+    ax.set(xlabel="epoch", ylabel=value)
+    ax.grid(alpha=0.3)
+    if len(runs) > 1:
+        ax.legend(frameon=False)
+    return fig
+PANEL = {"knn": ("kNN (%)", "higher is better"), "feature_std": ("feature std", "near 0: all images alike"),
+         "effective_rank": ("effective rank", "low: few directions used"),
+         "alignment": ("alignment", "low: views of an image agree"),
+         "uniformity": ("uniformity", "low: images spread out")}
+
+
+def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
+    """Is it learning or collapsing? kNN, std, rank, alignment and uniformity over epochs, and a plain sentence."""
+    from ..evaluate.collapse import diagnose
+
+    runs = runs if isinstance(runs, Mapping) else {"": runs}
+    fig, (axes,) = panels(1, len(PANEL), 11, 2.5)
+    for i, (name, run) in enumerate(runs.items()):
+        history = run.history("monitor")
+        losses = run.history("step")
+        if losses:  # the verdict wants to know whether the loss fell
+            history = [{**losses[0], **history[0]}, *history[1:-1], {**losses[-1], **history[-1]}]
+        print(f"{name}: {diagnose(history)}" if name else diagnose(history))
+        for ax, (key, (label, hint)) in zip(axes, PANEL.items(), strict=True):
+            rows = [row for row in history if key in row]
+            ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=COLORS[i % 8], ls=STYLES[i % 4],
+                    marker="o", ms=3, label=name)
+            ax.set_title(f"{label}\n{hint}", fontsize=9)
+            ax.set_xlabel("epoch", fontsize=9)
+            ax.grid(alpha=0.3)
+    if len(runs) > 1:
+        axes[0].legend(frameon=False, fontsize=8)
+    return fig
+
+
+def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
+    """Evaluation rows as bars with their 95 % intervals, one group per protocol."""
+    if not rows:
+        return grid([[np.full((8, 8, 3), 255)]], title="no labels, no accuracy")
+    protocols = list(dict.fromkeys(r["protocol"] for r in rows))
+    fig, (axes,) = panels(1, len(protocols), 8, 2.6)
+    for ax, protocol in zip(axes, protocols, strict=True):
+        mine = [r for r in rows if r["protocol"] == protocol]
+        y = np.arange(len(mine))[::-1]
+        x = np.array([r["top1"] for r in mine])
+        low, high = np.array([r["interval"] for r in mine]).T
+        ax.barh(y, x, color=[COLORS[i % 8] for i in range(len(mine))], height=0.6)
+        ax.errorbar(x, y, xerr=[x - low, high - x], fmt="none", ecolor="black", capsize=3)
+        ax.set_yticks(y, [f"{r['source'].split('-')[0]}  {r['top1']:.1f}" for r in mine], fontsize=9)
+        ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
+        ax.set_title(protocol, fontsize=10)
+    return fig
