@@ -136,6 +136,25 @@ def test_a_timm_name_is_a_source_too(tmp_path, monkeypatch):
     assert row["source"] == "resnet_mini (untrained)" and 0 < row["top1"] < 60
 
 
+def test_a_transformer_is_probed_on_the_features_that_its_run_is_evaluated_on(tmp_path):
+    """MAE's are the mean of the patch tokens, not the class token."""
+    recipe = methods.recipes("mae")["demo"].with_(epochs=1, batch=650, data="digits_scattered", size=28)
+    run = pretrain(recipe, out=tmp_path / "mae")
+    row = train_protocol(run, "probe", PROBE, out=tmp_path / "probe", epochs=1, batch=8)
+    method, images = Run.open(tmp_path / "probe").method(), data.load("digits_scattered", "test")
+    assert method.pool == "mean" and row["n"] == len(images)
+    (x,) = method.test_view(28)([images[i] for i in range(20)])
+    with torch.no_grad():
+        mean = run.backbone().forward_features(x)[:, 1:].mean(1)
+        assert torch.allclose(method.logits(x), method.head(mean), atol=1e-5)
+
+
+def test_test_images_lose_a_margin_only_where_they_have_one():
+    probe = PROBE.with_(backbone="resnet_mini").build()
+    assert [op.size for op in probe.test_view(224).views[0].image_ops] == [256, 224]
+    assert [op.size for op in probe.test_view(28).views[0].image_ops] == [28, 28]
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -23,6 +23,7 @@ from ..recipes import Recipe
 from ..run import Run, append_jsonl, checksum
 from ..train import pretrain
 from ..views import CenterCrop, HorizontalFlip, Normalize, RandomResizedCrop, Resize, View, Views
+from .pixels import MARGIN, MARGIN_FROM
 
 RECIPES: dict[str, Recipe] = {}  # its recipes are the protocols', in the files beside this one
 
@@ -32,7 +33,7 @@ class Supervised(Method):
 
     def __init__(self, backbone: nn.Module, *, classes: int = 1000, start: str = "", pool: str = "model",
                  frozen: bool = True, head_std: float = 0.01, head_lr: float = 1.0, adapt_vectors: bool = False,
-                 resize: float = 256 / 224, interpolation: str = "bilinear", crop: tuple[float, float] = (0.08, 1.0),
+                 resize: float = MARGIN, interpolation: str = "bilinear", crop: tuple[float, float] = (0.08, 1.0),
                  flip: float = 0.5, test_every: int = 1):
         """`start`: safetensors of the backbone to begin with; `head_lr` times the learning rate is that of the head;
         `adapt_vectors`: LARS adapts biases too; `resize`: short side of test images, in crops."""
@@ -60,7 +61,8 @@ class Supervised(Method):
                           HorizontalFlip(self.flip), Normalize()))
 
     def test_view(self, size: int) -> Views:
-        return Views(View(Resize(round(size * self.resize), self.interpolation), CenterCrop(size), Normalize()))
+        short = round(size * self.resize) if size >= MARGIN_FROM else size  # small images have no margin to lose
+        return Views(View(Resize(short, self.interpolation), CenterCrop(size), Normalize()))
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         (x,) = views
@@ -164,9 +166,11 @@ def train_protocol(source, protocol: str, recipe: Recipe, data: str | Path | Non
     size = size or (source.size if source.folder else recipe.size) or recipe.size
     recipe = recipe.with_(backbone=source.architecture, backbone_numbers=dict(source.numbers), size=size,
                           data=str(data or source.data or recipe.data), pool=source.pool)
-    train = recipe.load()
-    labels_of(train, len(train.classes)), labels_of(recipe.load("test"), len(train.classes))
-    recipe = recipe.with_(classes=len(train.classes), **changes)
+    classes = len(recipe.load().classes)
+    for split in ("train", "test"):
+        labels_of(recipe.load(split), classes)
+    # The recipe's own `pool` is for the monitor, the one among the numbers for the classifier.
+    recipe = recipe.with_(numbers={**recipe.numbers, "classes": classes, "pool": source.pool}, **changes)
     backbone = source.backbone(size)
     start = _save_start(backbone, source.folder or Path("runs"))
     print(f"{len(backbone.state_dict())} tensors of {recipe.backbone} come from {source.name}; the classifier is new.")
