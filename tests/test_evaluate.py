@@ -694,6 +694,13 @@ def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes)
     assert torch.equal(again, predictions)
 
 
+def test_the_rate_that_learns_is_the_one_that_is_taken(stripes, monkeypatch):
+    monkeypatch.setattr(finetune, "LRS", (1e-7, 1e-3))
+    subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
+    predictions, labels, more = finetune.few_labels(subject, stripes(75), stripes(60), seed=0)
+    assert more["lr"] == 1e-3 and (predictions == labels).float().mean() > 0.8
+
+
 def test_too_few_images_of_a_class_are_named(stripes):
     images = stripes(45)
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
