@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_distributed import leave
 from torch import nn
 
 from sslnb import optim
@@ -195,8 +196,7 @@ def all_reduce_worker(rank, world, store, x, weight, out):
     (invariance + 0.1 * redundancy).backward()
     if rank == 0:
         torch.save(layer.weight.grad, out)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed

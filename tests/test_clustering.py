@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_distributed import leave
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslnb import clustering
@@ -175,8 +176,7 @@ def shared_worker(rank, world, store, x, out):
     z = whiten(mine, 4, shared=True)
     centroids, labels = kmeans(z, 5, seed=3, shared=True)
     torch.save((z, centroids, labels), f"{out}{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed

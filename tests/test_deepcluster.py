@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
+from test_distributed import leave
 
 from sslnb import backbones, data, methods, optim
 from sslnb.errors import InputError
@@ -221,8 +222,7 @@ def cluster_worker(rank, world, store, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     torch.save(clustered(), f"{out}{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def clustered():

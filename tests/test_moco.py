@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_distributed import leave
 from torch import nn
 
 from sslnb import methods
@@ -258,8 +259,7 @@ def process(rank, world, store, out):
     queue = Queue(1, 12)
     queue.enqueue(x)
     torch.save((dealt, order, unshuffle(-dealt, order), queue()), f"{out}{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_distributed import leave
 from torch.nn.functional import cosine_similarity
 
 from sslnb import data, embedded, methods, parts
@@ -294,8 +295,7 @@ def worker(rank, world, store, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     torch.save(lived(rank, world), f"{out}{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_distributed import connect
+from test_distributed import connect, leave
 from test_train import equal, train_until, weights
 from torch import nn
 
@@ -314,8 +313,7 @@ def three_steps(rank, world):
 def worker(rank, world, folder):
     connect(rank, world, folder / "store")
     torch.save(three_steps(rank, world), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.mark.distributed
