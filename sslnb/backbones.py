@@ -95,12 +95,20 @@ def _small_image_stem(resnet: nn.Module) -> None:
 
 
 def sobel_maps(x: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, 2, H, W): grey = mean of the colours, zeros around it, then left minus right and above minus
-    below, each smoothed by 1 2 1 across. Sums of slices, not a convolution, which autocast would round."""
-    x = F.pad(x.mean(1), (1, 1, 1, 1))
-    down = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]
+    """(B, 3, H, W) -> (B, 2, H, W): the two derivatives of the grey image (the mean of colours), zeros around it."""
+    return torch.cat(sobel(x.mean(1, keepdim=True), "constant"), 1)
+
+
+def sobel(x: Tensor, padding: str) -> tuple[Tensor, Tensor]:
+    """Left minus right and above minus below, each smoothed by 1 2 1 across: (B, C, H, W) -> two of the same shape.
+
+    `padding` as in F.pad: "constant" (zeros) or "reflect". Sums of slices, not convolutions, which autocast and TF32
+    would round.
+    """
+    x = F.pad(x, (1, 1, 1, 1), mode=padding)
+    down = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
     across = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
-    return torch.stack([down[..., :-2] - down[..., 2:], across[:, :-2] - across[:, 2:]], 1)
+    return down[..., :-2] - down[..., 2:], across[..., :-2, :] - across[..., 2:, :]
 
 
 POOLS = ("model", "mean", "cls")
@@ -173,7 +181,7 @@ def mask_enters(module: nn.Module, change: Callable[[Tensor], Tensor], before: b
     How a mask token gets into a plain timm model, which stays one: for a ViT, Beit or Swin after `patch_embed`, as
     (B, L, D) or (B, h, w, D), before class token and positions; for a ResNet before `layer4`, as (B, D, h, w).
 
-        with mask_enters(vit.patch_embed, lambda x: token.where(hidden, x)):
+        with mask_enters(vit.patch_embed, lambda cells: put_token(cells, mask, token)):
             tokens = cells(vit, images)
     """
     if before:
@@ -184,6 +192,12 @@ def mask_enters(module: nn.Module, change: Callable[[Tensor], Tensor], before: b
         yield
     finally:
         handle.remove()
+
+
+def put_token(cells: Tensor, mask: Tensor, token: Tensor) -> Tensor:
+    """The token (1, 1, D) instead of every hidden cell: (B, L, D) of a ViT or (B, h, w, D) of a Swin; mask (B, L)."""
+    hidden = mask.to(cells.device).view(*cells.shape[:-1], 1) > 0
+    return torch.where(hidden, token.to(cells.dtype), cells)
 
 
 def token_entrance(backbone: nn.Module, layer: int | None, method: str) -> tuple[str, bool]:

@@ -6,7 +6,7 @@ A square of pixels, a cell, is described by what edges run through it: nine bins
     h ← h / ‖h‖, which cancels the contrast as the derivative cancels the brightness
 
 θ is the angle of the EDGE, with 0 for a horizontal one: a vertical one falls in bin 4. No pixel is shared between bins
-or between cells. Sums of slices, not convolutions, which would be rounded by autocast and by TF32.
+or between cells.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backbones import sobel
 from .errors import InputError
 from .parts import full_precision
 
@@ -46,10 +47,7 @@ def hog(images: Tensor, cell: int = 8, gaussian_window: int = 0, local_norm: boo
 
 def gradients(images: Tensor) -> tuple[Tensor, Tensor]:
     """Sobel derivatives (gx, gy), both (B, C, H, W): left minus right and above minus below; the border is mirrored."""
-    x = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    down = x[..., :-2, :] + 2 * x[..., 1:-1, :] + x[..., 2:, :]
-    across = x[..., :-2] + 2 * x[..., 1:-1] + x[..., 2:]
-    return down[..., :-2] - down[..., 2:], across[..., :-2, :] - across[..., 2:, :]
+    return sobel(images, "reflect")
 
 
 def gaussian(side: int) -> Tensor:

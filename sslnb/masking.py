@@ -20,6 +20,15 @@ def check_mask_ratio(ratio: float) -> float:
     return ratio
 
 
+def check_unit(unit: int, cell: int, size: int) -> int:
+    """-> how many squares of `unit` px are in a row of the image; they consist of whole cells."""
+    if unit % cell or size % unit or unit == size:
+        fits = [u for u in range(cell, size, cell) if size % u == 0]
+        raise InputError(f"unit {unit} does not fit: squares to hide must consist of cells of {cell} px and tile "
+                         f"images of {size} px; use one of {fits}.")
+    return size // unit
+
+
 # ---------------------------------------------------------------- which cells are removed
 
 

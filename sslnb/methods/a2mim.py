@@ -19,9 +19,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..backbones import image_size, last_map, mask_enters, token_entrance, token_map
-from ..errors import InputError, unknown
+from ..errors import unknown
 from ..losses import focal_frequency, masked_mean
-from ..masking import check_mask_ratio, paint_mean, unit_mask, upsample_mask
+from ..masking import check_mask_ratio, check_unit, paint_mean, unit_mask, upsample_mask
 from ..optim import decay_groups
 from ..parts import full_precision
 from ..recipes import Recipe
@@ -49,10 +49,7 @@ class A2MIM(Masked):
         self.crop, self.flip = crop, flip
         self.part, self.before = token_entrance(backbone, mask_layer, "a2mim")
         width, self.patch, stride = token_map(backbone, self.part, self.before)
-        if unit % self.patch or self.size % unit or unit == self.size:
-            fits = [u for u in range(self.patch, self.size, self.patch) if self.size % u == 0]
-            raise InputError(f"unit {unit} does not fit: squares to hide must consist of cells of {self.patch} px and "
-                             f"tile images of {self.size} px; use one of {fits}.")
+        self.units = check_unit(unit, self.patch, self.size)
         shape = (1, width, 1, 1) if self.before else (1, 1, width)
         self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
         self.mask_gamma = nn.Parameter(torch.full(shape, gamma_init)) if self.before and gamma_init else None
@@ -72,7 +69,7 @@ class A2MIM(Masked):
                 "prediction": prediction, "mask": mask}
 
     def draw_mask(self, batch: int, generator: Generator | None = None) -> Tensor:
-        noise = torch.rand(batch, (self.size // self.unit) ** 2, generator=generator)
+        noise = torch.rand(batch, self.units**2, generator=generator)
         return unit_mask(noise, self.mask_ratio, self.unit // self.patch)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ half a patch wide: 8 of 16 px, and as much of a smaller patch. OpenMixup's confi
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones import cells, mask_enters, need_vit
+from ..backbones import cells, mask_enters, need_vit, put_token
 from ..errors import unknown
 from ..hog import BINS, from_patches, glyphs, hog, to_patches
 from ..losses import masked_mean
@@ -68,7 +68,7 @@ class MaskFeat(Masked):
 
     def hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """The mask token instead of every hidden patch; both before positions are added."""
-        return torch.where(mask.to(tokens.device)[:, :, None] > 0, self.mask_token.to(tokens.dtype), tokens)
+        return put_token(tokens, mask, self.mask_token)
 
     def target(self, images: Tensor) -> Tensor:
         """The HOG of every patch (B, L, 108), order (colour, bin, cell row, cell column)."""

@@ -15,10 +15,10 @@ before anything sees it: it is this method (its current code predicts the painte
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones import last_map, mask_enters
+from ..backbones import last_map, mask_enters, put_token
 from ..errors import InputError
 from ..losses import masked_mean
-from ..masking import check_mask_ratio, unit_mask, upsample_mask
+from ..masking import check_mask_ratio, check_unit, unit_mask, upsample_mask
 from ..parts import full_precision
 from ..recipes import Recipe
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
@@ -29,7 +29,7 @@ class SimMIM(Masked):
     def __init__(self, backbone: nn.Module, *, mask_ratio: float = 0.6, unit: int = 32, hidden_only: bool = True,
                  crop: tuple[float, float] = (0.67, 1.0), flip: float = 0.5):
         super().__init__()
-        self.units = check_unit(backbone, unit)
+        self.units = units_of(backbone, unit)
         self.backbone, self.mask_ratio, self.unit = backbone, check_mask_ratio(mask_ratio), unit
         self.patch, self.hidden_only, self.crop, self.flip = backbone.patch_embed.patch_size[0], hidden_only, crop, flip
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.patch_embed.proj.out_channels))
@@ -59,9 +59,8 @@ class SimMIM(Masked):
             return self.head(last_map(self.backbone, images))
 
     def hide(self, cells: Tensor, mask: Tensor) -> Tensor:
-        """The token instead of every hidden cell: (B, L, D) of a ViT or (B, h, w, D) of a Swin; mask (B, L)."""
-        hidden = mask.to(cells.device).view(*cells.shape[:-1], 1) > 0
-        return torch.where(hidden, self.mask_token.to(cells.dtype), cells)
+        """The mask token instead of every hidden cell."""
+        return put_token(cells, mask, self.mask_token)
 
     @full_precision
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -79,17 +78,13 @@ class SimMIM(Masked):
         return [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def check_unit(backbone: nn.Module, unit: int) -> int:
+def units_of(backbone: nn.Module, unit: int) -> int:
     """-> how many units are in a row of the image."""
     if not hasattr(backbone, "patch_embed"):
         raise InputError(f"simmim hides cells of a patch embedding, and {type(backbone).__name__} has none; use "
                          "swin_mini, beit_mini or swin_base_patch4_window7_224, for example.")
     size, patch = backbone.patch_embed.img_size[0], backbone.patch_embed.patch_size[0]
-    if unit % patch or size % unit or unit == size:
-        fits = [u for u in range(patch, size, patch) if size % u == 0]
-        raise InputError(f"unit {unit} does not fit: squares to hide must consist of patches of {patch} px and tile "
-                         f"images of {size} px; use one of {fits}.")
-    return size // unit
+    return check_unit(unit, patch, size)
 
 
 def is_swin(backbone: nn.Module) -> bool:
