@@ -65,7 +65,7 @@ class Method(nn.Module):
 
 
 class Masked(Method):
-    """What figures, explorers and measurements may ask of a method that hides a part of every image.
+    """A method that hides a part of every image: its training step, and what figures and measurements may ask of it.
 
     Images (B, 3, H, W) are normalised; a mask (B, L) has a 1 for every removed cell of `patch` x `patch` pixels.
     """
@@ -78,6 +78,12 @@ class Masked(Method):
     borrows = ""
     """What `to_image` takes from the hidden truth, in words: "brightness and contrast are"; "" if nothing."""
 
+    def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
+        (images,) = views
+        mask = self.draw_mask(len(images))
+        prediction, mask = self.reconstruct(images, mask), mask.to(images.device)
+        return {"loss": self.loss(prediction, self.target(images), mask), "prediction": prediction, "mask": mask}
+
     def draw_mask(self, batch: int, generator: Generator | None = None) -> Tensor:
         """Masks (batch, L) as training draws them, on the CPU."""
         raise NotImplementedError
@@ -89,6 +95,9 @@ class Masked(Method):
     def target(self, images: Tensor) -> Tensor:
         """What the loss compares the prediction to: the image itself, unless a method says otherwise."""
         return images.float()
+
+    def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+        raise NotImplementedError
 
     def to_image(self, prediction: Tensor, images: Tensor) -> Tensor:
         """A prediction, or a target, as normalised pictures (B, 3, H, W)."""

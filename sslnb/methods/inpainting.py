@@ -59,12 +59,6 @@ class Inpainting(Masked):
     def views(self, size: int) -> Views:
         return Views(View(RandomResizedCrop(size, self.crop), HorizontalFlip(self.flip), Normalize()))
 
-    def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
-        (images,) = views
-        mask = self.draw_mask(len(images)).to(images.device)
-        prediction = self.reconstruct(images, mask)
-        return {"loss": self.loss(prediction, self.target(images), mask), "prediction": prediction, "mask": mask}
-
     def draw_mask(self, batch: int, generator: Generator | None = None) -> Tensor:
         if self.hole == "units":
             noise = torch.rand(batch, (self.side // CELLS) ** 2, generator=generator)

@@ -42,12 +42,6 @@ class MAE(Masked):
         return Views(View(RandomResizedCrop(size, self.crop, interpolation="bicubic"), HorizontalFlip(self.flip),
                           Normalize()))
 
-    def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
-        (images,) = views
-        mask = self.draw_mask(len(images))
-        prediction, mask = self.reconstruct(images, mask), mask.to(images.device)
-        return {"loss": self.loss(prediction, self.target(images), mask), "prediction": prediction, "mask": mask}
-
     @property
     def borrows(self) -> str:
         return "brightness and contrast of each patch are" if self.norm_pix else ""

@@ -51,12 +51,6 @@ class MaskFeat(Masked):
         return Views(View(RandomResizedCrop(size, self.crop, interpolation="bicubic"), HorizontalFlip(self.flip),
                           Normalize()))
 
-    def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
-        (images,) = views
-        mask = self.draw_mask(len(images)).to(images.device)
-        prediction = self.reconstruct(images, mask)
-        return {"loss": self.loss(prediction, self.target(images), mask), "prediction": prediction, "mask": mask}
-
     def draw_mask(self, batch: int, generator: Generator | None = None) -> Tensor:
         count = round(self.mask_ratio * self.grid**2)
         return block_mask(batch, self.grid, count, count // 5, exact=False, generator=generator)
