@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads per process are slower than one on a busy machine
 
@@ -14,6 +16,20 @@ def few_digits(split):
 
     images, labels, classes = digits_scattered(split)
     return images[:130], labels[:130], classes
+
+
+PEAK = """
+def peak():
+    # Of this process alone: getrusage's peak begins with that of the process which started it.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e6
+"""
+
+
+def measured(code: str) -> list[float]:
+    """The numbers that `code` prints in a fresh process, where peak() is the most memory it ever held, in GB."""
+    printed = subprocess.run([sys.executable, "-c", PEAK + code], capture_output=True, text=True, check=True).stdout
+    return [float(number) for number in printed.split()]
 
 
 @pytest.fixture(autouse=True)

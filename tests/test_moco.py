@@ -1,13 +1,12 @@
 """MoCo v1 and v2: the dictionary look-up, the queue, the slow key encoder, and batch norm that gives nothing away."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import measured
 from test_distributed import leave
 from torch import nn
 
@@ -277,11 +276,10 @@ def test_processes_agree_on_the_order_and_get_their_own_rows_back(tmp_path):
 
 
 MEASURE = """
-import resource, time, torch
+import time, torch
 from sslnb.losses import info_nce, look_up
 from sslnb.parts import Queue, normalized
 
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 draw = lambda: normalized(torch.randn(256, 128))
 info_nce(look_up(draw().requires_grad_(), draw(), draw(), 0.07)).backward()  # what torch itself needs
 start = peak()
@@ -301,7 +299,6 @@ print(peak() - start, ms)
 @pytest.mark.slow
 def test_the_memory_of_a_queue_at_full_size():
     """65,536 keys are 34 MB and the logits of 256 queries 67 MB; twice the queue and some copies of the logits fit."""
-    printed = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
-    peak, ms = map(float, printed.split())
+    peak, ms = measured(MEASURE)
     print(f"DEMO queue of 65,536 keys, 256 queries on a CPU: {ms:.0f} ms per look-up and step, {1000 * peak:.0f} MB")
-    assert 0.1 < peak < 0.45, printed
+    assert 0.1 < peak < 0.45

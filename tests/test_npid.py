@@ -1,12 +1,11 @@
 """NPID: the memory bank, the sampled softmax and its hand-made gradient, and the zoo's rows."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import measured
 
 from sslnb import methods
 from sslnb.methods import npid
@@ -232,11 +231,10 @@ def test_views_are_the_papers():
 
 
 MEASURE = """
-import resource, torch
+import torch
 from sslnb.methods.npid import SampledSoftmax
 from sslnb.parts import MemoryBank
 
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 start = peak()
 bank = MemoryBank(1_281_167, 128, 0.5)
 built = peak()
@@ -250,6 +248,5 @@ print(built - start, peak() - start)
 @pytest.mark.slow
 def test_the_memory_at_imagenets_size():
     """The bank is 0.66 GB, twice that while it is drawn; the 2.1 GB of negatives are never there together."""
-    printed = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True).stdout
-    built, peak = map(float, printed.split())
-    assert 0.65 < built < 1.5 and peak < 1.9, printed
+    built, peak = measured(MEASURE)
+    assert 0.65 < built < 1.5 and peak < 1.9
