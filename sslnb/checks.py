@@ -40,7 +40,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     _claim(run, settings, resume)
     print(recipe.describe(len(images)) + f"\n{'run':>12}  {run.path}, seed {seed}, "
           f"{processes} process(es) on {_device_name()}")
-    run.write_status(total=steps * recipe.epochs)
+    run.write_status(total=recipe.total_steps(steps))
     return run
 
 

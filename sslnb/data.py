@@ -248,6 +248,14 @@ def _draw(images: Images, fraction: float, seed: int, leave: int = 0) -> np.ndar
     return np.sort(np.concatenate(drawn))
 
 
+def parted(images: Images, fraction: float, seed: int = 0) -> tuple[Images, Images]:
+    """The images without a part of every class, and that part, drawn by `seed`; a class of one image stays whole."""
+    if not 0 < fraction < 1:
+        raise InputError(f"A part of {fraction} cannot be held out: give a number between 0 and 1.")
+    held = _draw(images, fraction, seed, leave=1)
+    return images.subset(np.setdiff1d(np.arange(len(images)), held)), images.subset(held)
+
+
 def _only_classes(images: Images, file: Path) -> Images:
     wanted = sorted(set(_lines(file)))
     absent = [c for c in wanted if c not in images.classes]

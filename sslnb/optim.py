@@ -38,18 +38,24 @@ class LARS(torch.optim.Optimizer):
                 w.sub_(v, alpha=group["lr"])
 
 
-OPTIMIZERS = ("sgd", "lars", "adamw")
+OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")
 SCHEDULES = ("cosine", "step", "constant")
 
 
 def build(groups: list[dict], recipe) -> torch.optim.Optimizer:
     """The recipe's optimizer over groups of parameters; one may hold "lr_scale", or "fixed_lr" against the schedule."""
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay,
+                               nesterov=recipe.nesterov)
     if recipe.optimizer == "lars":
         return LARS(groups, lr=recipe.lr, sgd_momentum=recipe.sgd_momentum, weight_decay=recipe.weight_decay)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "lamb":
+        from timm.optim import Lamb
+
+        # It would clip by itself; the loop does that, `recipe.clip`, after the gradients of fp16 were scaled back.
+        return Lamb(groups, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay, max_grad_norm=None)
     unknown("optimizer", recipe.optimizer, OPTIMIZERS)
 
 

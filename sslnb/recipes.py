@@ -22,8 +22,10 @@ class Recipe:
 
     The learning rate rises linearly from `warmup_from` (a share of lr); `milestones` are the epochs at which schedule
     "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch; with `cosine_from_start` the cosine
-    runs over all epochs, those of the warm-up included.
-    `fraction` keeps a part of every class of the training images (or those named in a file), see sslnb.load.
+    runs over all epochs, those of the warm-up included. With `steps` the run is that many optimizer steps long,
+    whatever its epochs, and `milestones` and `warmup_steps` are steps, as papers on detection count.
+    `fraction` keeps a part of every class of the training images (or those named in a file), see sslnb.load; of that
+    `hold_out` takes a part away, which `load("held out")` gives: to choose something by instead of the test split.
     `numbers` are keyword arguments of the method's constructor (its own numbers and those of its views).
     `source` says where the numbers come from (paper, official code, zoo, ours), `sources` names the exceptions.
     """
@@ -40,9 +42,12 @@ class Recipe:
     lr: float = 0.1
     weight_decay: float = 0.0
     sgd_momentum: float = 0.9
+    nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: str = "cosine"
+    steps: int = 0
     warmup_epochs: float = 0.0
+    warmup_steps: int = 0
     warmup_from: float = 0.0
     min_lr: float = 0.0
     milestones: tuple[int, ...] = ()
@@ -53,6 +58,7 @@ class Recipe:
     precision: str = "fp32"
     pool: str = "model"
     fraction: float | str | None = None
+    hold_out: float = 0.0
     force_accum: bool = False
     numbers: Mapping[str, Any] = field(default_factory=dict)
     backbone_numbers: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +74,7 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} {value!r} is impossible: use a whole number of at least 1.")
-        for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip"):
+        for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip", "steps", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} {getattr(self, name)!r} is impossible: use a number of at least 0.")
         if self.warmup_epochs > self.epochs:
@@ -82,10 +88,13 @@ class Recipe:
                 unknown(kind, value, known)
 
     def load(self, split: str = "train"):
-        """The images of a split; of "train" the recipe's fraction."""
+        """The images of a split; of "train" the recipe's fraction, without what "held out" has of it."""
         from . import data
 
-        return data.load(self.data, split, fraction=self.fraction if split == "train" else None)
+        if split == "test" or split == "train" and not self.hold_out:
+            return data.load(self.data, split, fraction=self.fraction if split == "train" else None)
+        rest, held = data.parted(data.load(self.data, "train", fraction=self.fraction), self.hold_out)
+        return rest if split == "train" else held
 
     # ------------------------------------------------------------ derived
 
@@ -102,7 +111,7 @@ class Recipe:
         schedule = {"cosine": "cos", "step": "step", "constant": "const"}[self.schedule]
         lr = f"{self.lr:g}".replace(".", "_")
         return (f"{SHORT.get(self.backbone, self.backbone)}_{self.gpus}xb{self.batch}{accum}_{schedule}_lr{lr}"
-                f"{precision}_ep{self.epochs}")
+                f"{precision}_{f'st{self.steps}' if self.steps else f'ep{self.epochs}'}")
 
     def steps_per_epoch(self, images: int) -> int:
         """Optimizer steps; the last, incomplete batch of an epoch is dropped."""
@@ -112,15 +121,21 @@ class Recipe:
                              f"{self.total_batch} images per step, but there are only {images}; choose a smaller one.")
         return steps
 
+    def total_steps(self, per_epoch: int) -> int:
+        """The length of the run in optimizer steps."""
+        return self.steps or self.epochs * per_epoch
+
     def lr_at(self, step: int, per_epoch: int) -> float:
         """The learning rate of an optimizer step, with `per_epoch` steps per epoch."""
         from . import optim
 
         if self.lr_by_epoch:  # the official codes of MoCo and SimSiam set it once per epoch
             step -= step % per_epoch
-        return optim.lr_at(step, lr=self.lr, total=self.epochs * per_epoch, min_lr=self.min_lr, schedule=self.schedule,
-                           warmup=round(self.warmup_epochs * per_epoch), warmup_from=self.warmup_from,
-                           milestones=tuple(m * per_epoch for m in self.milestones), gamma=self.gamma,
+        unit = 1 if self.steps else per_epoch
+        return optim.lr_at(step, lr=self.lr, total=self.total_steps(per_epoch), min_lr=self.min_lr,
+                           schedule=self.schedule, warmup=self.warmup_steps or round(self.warmup_epochs * per_epoch),
+                           warmup_from=self.warmup_from, milestones=tuple(m * unit for m in self.milestones),
+                           gamma=self.gamma,
                            cosine_from_start=self.cosine_from_start)
 
     def source_of(self, name: str) -> str:
@@ -142,6 +157,9 @@ class Recipe:
                 unknown(f"recipe value for {self.method}", name, [*fields, *known])
         if numbers:
             own["numbers"] = {**self.numbers, **own.get("numbers", {}), **numbers}
+        if self.steps and "epochs" in own and "steps" not in own:
+            raise InputError(f"epochs {own['epochs']!r} does not shorten this recipe, which is {self.steps:,} "
+                             "optimizer steps long; change steps, and milestones with it.")
         if own.get("backbone", self.backbone) != self.backbone:
             own.setdefault("backbone_numbers", {})
         return dataclasses.replace(self, **own)
@@ -174,14 +192,16 @@ class Recipe:
 
     def describe(self, images: int | None = None) -> str:
         """The resolved recipe as text: what will run, and where each number comes from."""
+        warm = f"{self.warmup_steps} steps" if self.warmup_steps else f"{self.warmup_epochs:g} epochs"
         rows = [("method", self.method), ("backbone", f"{self.backbone} at {self.size} px"), ("data", self.data),
                 ("total batch", f"{self.gpus} x {self.batch} x {self.accum} = {self.total_batch} images per step"),
                 ("optimizer", f"{self.optimizer}, weight decay {self.weight_decay:g}"),
-                ("lr", f"{self.lr:g}, {self.schedule}, warm-up {self.warmup_epochs:g} epochs")]
-        length = f"{self.epochs} epochs"
+                ("lr", f"{self.lr:g}, {self.schedule}, warm-up {warm}")]
+        length = f"{self.steps:,} steps" if self.steps else f"{self.epochs} epochs"
         if images:
             steps = self.steps_per_epoch(images)
-            length += f" x {steps} steps = {self.epochs * steps:,} steps on {images:,} images"
+            length += (f" = {self.steps / steps:.1f} epochs of {images:,} images" if self.steps else
+                       f" x {steps} steps = {self.epochs * steps:,} steps on {images:,} images")
         rows += [("length", length), ("precision", self.precision)]
         tags = {"total batch": "batch", "length": "epochs"}
         lines = [f"{k:>12}  {v}   [{self.source_of(tags.get(k, k))}]" for k, v in rows]

@@ -107,14 +107,15 @@ class Trainer:
             persistent_workers=workers > 0, pin_memory=self.cuda,
             generator=torch.Generator())  # else each epoch's iterator draws from the state that masks are drawn from
         self.per_epoch = recipe.steps_per_epoch(len(self.images))
-        self.total, self.step = self.per_epoch * recipe.epochs, 0
+        self.total, self.step = recipe.total_steps(self.per_epoch), 0
         # On a GPU looking at a value waits for the device, so losses are looked at once per interval.
         self.log_every = max(1, min(self.per_epoch, self.total // 100, 20))
         self.check_every = self.log_every if self.cuda else 1
         self.broken: set[int] = set()
         self.skipped = 0
         self.finite = FiniteWatch()
-        self.monitor = Monitor(run, self.images, self.views, recipe, self.total, self.per_epoch)
+        self.monitor = Monitor(run, self.images, self.views, recipe, self.total, self.per_epoch) \
+            if method.monitored else None
         self._resume()
 
     # ------------------------------------------------------------ the loop
@@ -128,18 +129,18 @@ class Trainer:
         if run.settings["trackers"]:
             self.accelerator.init_trackers("sslnb", config={k: str(v) for k, v in run.settings["recipe"].items()})
         method.before_train(run)
-        if self.main and self.step == 0:
+        if self.main and self.monitor and self.step == 0:
             self.monitor.look(method, 0)
         meter = Meter(self)
-        for epoch in range(self.step // self.per_epoch, self.recipe.epochs):
+        for epoch in range(self.step // self.per_epoch, math.ceil(self.total / self.per_epoch)):
             method.before_epoch(run, epoch)
             self._seek(self.step)
             batches = iter(self.loader)
-            for _ in range(self.step % self.per_epoch, self.per_epoch):
+            for _ in range(self.step, min(self.total, (epoch + 1) * self.per_epoch)):
                 terms = self._step(batches, meter)
                 if self._logged(self.step):
                     meter.log(terms, start)
-                if self.step % self.per_epoch == 0:
+                if self.step % self.per_epoch == 0 or self.step == self.total:
                     self._end_of_epoch(epoch, start)
                 # Last, so that a run that stops here has nothing left to do for this step when it comes back.
                 if self.step % self.check_every == 0 and launch.any_process(stop.asked, self.device):
@@ -197,7 +198,7 @@ class Trainer:
         last = self.step == self.total
         self._stop_if_not_finite()  # before anything looks at the network or keeps it
         self.method.after_epoch(self.run, epoch)
-        if self.main and self.monitor.due(epoch):
+        if self.main and self.monitor and self.monitor.due(epoch):
             row = self.monitor.look(self.method, self.step)
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=self.step)
         if last or (epoch + 1) % max(1, 100 // self.per_epoch) == 0:
@@ -255,7 +256,8 @@ class Trainer:
                  "scaler": scaler.state_dict() if scaler else None, "random": random_states, "skipped": self.skipped,
                  "broken": sorted(self.broken)}
         path = self.run.save_checkpoint(state)
-        self.run.write_status(step=self.step, seconds=time.time() - start, **self.monitor.best(path, self.step))
+        self.run.write_status(step=self.step, seconds=time.time() - start,
+                              **(self.monitor.best(path, self.step) if self.monitor else {}))
 
     def _resume(self) -> None:
         state = self.run.latest(say=print if self.main else lambda text: None)

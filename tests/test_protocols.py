@@ -10,9 +10,10 @@ from torch import nn
 from sslnb import Run, data, methods, pretrain
 from sslnb.errors import InputError
 from sslnb.evaluate.linear import LINEAR
-from sslnb.evaluate.supervised import Supervised, labels_of, train_protocol
+from sslnb.evaluate.protocol import train_protocol
+from sslnb.evaluate.supervised import Supervised, labels_of
 
-PROBE = LINEAR["linear, BarlowTwins protocol"]
+PROBE = LINEAR["linear_barlowtwins"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def probed(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("probe") / "run"
-    row = train_protocol(source, "linear, BarlowTwins protocol", PROBE, out=out, epochs=3, batch=8)
+    row = train_protocol(source, "linear_barlowtwins", out=out, epochs=3, batch=8)
     return row, Run.open(out)
 
 
@@ -33,10 +34,10 @@ def probed(source, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name, total, lr, decay, optimizer, epochs", [
-    ("linear, MoCo protocol", 256, 30.0, 0.0, "sgd", 100),
-    ("linear, SimSiam protocol", 4096, 1.6, 0.0, "lars", 90),
-    ("linear, BarlowTwins protocol", 256, 0.3, 1e-6, "sgd", 100),
-    ("linear, MoCoV3 protocol", 1024, 12.0, 0.0, "sgd", 90)])
+    ("linear_moco", 256, 30.0, 0.0, "sgd", 100),
+    ("linear_simsiam", 4096, 1.6, 0.0, "lars", 90),
+    ("linear_barlowtwins", 256, 0.3, 1e-6, "sgd", 100),
+    ("linear_mocov3", 1024, 12.0, 0.0, "sgd", 90)])
 def test_the_linear_protocols_are_those_of_the_spec(name, total, lr, decay, optimizer, epochs):
     r = LINEAR[name]
     assert (r.total_batch, r.lr, r.weight_decay, r.optimizer, r.epochs) == (total, lr, decay, optimizer, epochs)
@@ -45,7 +46,7 @@ def test_the_linear_protocols_are_those_of_the_spec(name, total, lr, decay, opti
 
 def test_rates_change_once_per_epoch():
     steps = 5004
-    moco, cosine = LINEAR["linear, MoCo protocol"], LINEAR["linear, MoCoV3 protocol"]
+    moco, cosine = LINEAR["linear_moco"], LINEAR["linear_mocov3"]
     assert [moco.lr_at(e * steps + steps - 1, steps) for e in (0, 59, 60, 80)] == pytest.approx([30, 30, 3, 0.3])
     assert cosine.lr_at(0, 1251) == cosine.lr_at(1250, 1251) == 12.0
     assert cosine.lr_at(45 * 1251, 1251) == pytest.approx(6.0)
@@ -54,16 +55,16 @@ def test_rates_change_once_per_epoch():
 
 def test_the_real_probe_trains_two_tensors_and_keeps_the_backbone_in_eval_mode():
     with torch.device("meta"):
-        method = LINEAR["linear, MoCo protocol"].build().train()
+        method = LINEAR["linear_moco"].build().train()
     assert [p.shape for p in method.parameters() if p.requires_grad] == [(1000, 2048), (1000,)]
     assert method.training and not any(m.training for m in method.backbone.modules())
     with torch.device("meta"):
-        vit = LINEAR["linear, MoCoV3 protocol"].build()
+        vit = LINEAR["linear_mocov3"].build()
     assert vit.backbone.blocks[0].attn.num_heads == 12 and vit.head.in_features == 384
 
 
 def test_lars_adapts_the_bias_only_in_simsiams_protocol():
-    for name, wanted in (("linear, SimSiam protocol", True), ("linear, MoCo protocol", False)):
+    for name, wanted in (("linear_simsiam", True), ("linear_moco", False)):
         with torch.device("meta"):
             (group,) = LINEAR[name].build().param_groups(LINEAR[name])
         assert bool(group.get("adapt_vectors")) == wanted and len(group["params"]) == 2
@@ -93,7 +94,7 @@ def test_the_row_is_what_the_head_says_of_every_test_image(source, probed):
 
 def test_the_row_says_what_was_changed_and_is_written_beside_both_runs(source, probed):
     row, run = probed
-    assert row["protocol"] == "linear, BarlowTwins protocol, with epochs 3, batch 8"
+    assert row["protocol"] == "linear_barlowtwins, with epochs 3, batch 8"
     for folder in (run.path, source.path):
         assert json.loads((folder / "results.jsonl").read_text().splitlines()[-1]) == row
     assert [r["epoch"] for r in run.history("test")] == [1, 2, 3]
@@ -101,7 +102,7 @@ def test_the_row_says_what_was_changed_and_is_written_beside_both_runs(source, p
 
 def test_a_finished_protocol_is_not_trained_again(source, probed, capsys):
     row, run = probed
-    again = train_protocol(source, "linear, BarlowTwins protocol", PROBE, out=run.path, epochs=3, batch=8)
+    again = train_protocol(source, "linear_barlowtwins", out=run.path, epochs=3, batch=8)
     assert again["top1"] == row["top1"] and "is finished already" in capsys.readouterr().out
 
 
@@ -119,7 +120,7 @@ def test_a_resumed_run_does_not_begin_with_the_first_weights_again(probed):
 
 def test_a_trainable_backbone_is_trained_with_its_own_rate(tmp_path, source):
     recipe = PROBE.with_(frozen=False, head_lr=10.0, weight_decay=1e-4)
-    train_protocol(source, "all of it", recipe, out=tmp_path / "run", epochs=1, batch=8)
+    train_protocol(source, "all of it", recipe=recipe, out=tmp_path / "run", epochs=1, batch=8)
     method = Run.open(tmp_path / "run").method()
     before = source.backbone().state_dict()
     moved = [k for k, v in method.backbone.state_dict().items() if not torch.equal(v, before[k])]
@@ -131,8 +132,8 @@ def test_a_trainable_backbone_is_trained_with_its_own_rate(tmp_path, source):
 
 def test_a_timm_name_is_a_source_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    row = train_protocol("resnet_mini", "untrained", PROBE, "digits_scattered", out=tmp_path / "run", size=20, epochs=1,
-                         batch=16)
+    row = train_protocol("resnet_mini", "untrained", "digits_scattered", tmp_path / "run", recipe=PROBE, size=20,
+                         epochs=1, batch=16)
     assert row["source"] == "resnet_mini (untrained)" and 0 < row["top1"] < 60
 
 
@@ -140,7 +141,7 @@ def test_a_transformer_is_probed_on_the_features_that_its_run_is_evaluated_on(tm
     """MAE's are the mean of the patch tokens, not the class token."""
     recipe = methods.recipes("mae")["demo"].with_(epochs=1, batch=650, data="digits_scattered", size=28)
     run = pretrain(recipe, out=tmp_path / "mae")
-    row = train_protocol(run, "probe", PROBE, out=tmp_path / "probe", epochs=1, batch=8)
+    row = train_protocol(run, "probe", recipe=PROBE, out=tmp_path / "probe", epochs=1, batch=8)
     method, images = Run.open(tmp_path / "probe").method(), data.load("digits_scattered", "test")
     assert method.pool == "mean" and row["n"] == len(images)
     (x,) = method.test_view(28)([images[i] for i in range(20)])
@@ -179,7 +180,7 @@ def test_classes_that_do_not_match_are_named():
 
 def test_without_labels_nothing_is_written(source, tmp_path):
     with pytest.raises(InputError, match="photos has no labels"):
-        train_protocol(source, "probe", PROBE, "photos", out=tmp_path / "run")
+        train_protocol(source, "probe", "photos", tmp_path / "run", recipe=PROBE)
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,3 +161,31 @@ def test_another_backbone_drops_the_numbers_of_the_old_one():
     assert demo.backbone_numbers and demo.with_(lr=1.0).backbone_numbers == demo.backbone_numbers
     assert demo.with_(backbone="resnet_mini").backbone_numbers == {}
     assert demo.with_(backbone="vit_mini", backbone_numbers={"depth": 3}).backbone_numbers == {"depth": 3}
+
+
+# ---------------------------------------------------------------- lengths in steps, and a part that is held out
+
+
+def test_a_recipe_in_steps_is_that_long_and_its_milestones_are_steps():
+    r = Recipe(method="simclr", backbone="resnet50", size=224, data="imagenet", epochs=1, batch=16, lr=0.02,
+               schedule="step", steps=24_000, milestones=(18_000, 22_000), warmup_steps=100, warmup_from=0.001)
+    assert r.total_steps(1034) == 24_000 and r.with_(steps=0).total_steps(1034) == 1034
+    at = [r.lr_at(s, 1034) for s in (0, 50, 100, 17_999, 18_000, 22_000)]
+    assert at == pytest.approx([2e-5, 0.02 * (0.001 + 0.999 / 2), 0.02, 0.02, 0.002, 0.0002])
+    assert r.name.endswith("st24000") and "24,000 steps = 23.2 epochs" in r.describe(1034 * 16)
+    with pytest.raises(InputError, match="epochs 3 does not shorten this recipe, which is 24,000 optimizer steps long"):
+        r.with_(epochs=3)
+
+
+def test_what_is_held_out_is_not_trained_on():
+    recipe = methods.recipes("simclr")["demo"].with_(hold_out=0.2)
+    rest, held, test = (recipe.load(split) for split in ("train", "held out", "test"))
+    assert len(rest) + len(held) == 1300 and len(test) == 497
+    assert torch.bincount(held.labels).min() >= 24, "of every class"
+    everything = np.concatenate([rest.items, held.items])
+    assert len(np.unique(everything.reshape(1300, -1), axis=0)) == len(np.unique(
+        recipe.with_(hold_out=0.0).load().items.reshape(1300, -1), axis=0)) > 1290
+    tenth = recipe.with_(fraction=0.1)
+    assert len(tenth.load()) + len(tenth.load("held out")) == pytest.approx(130, abs=3)
+    with pytest.raises(InputError, match="A part of 1.5 cannot be held out"):
+        recipe.with_(hold_out=1.5).load()

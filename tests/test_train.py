@@ -352,3 +352,16 @@ def test_settings_are_plain_json(tiny, tmp_path):
     run = prepare(tiny(), out=tmp_path / "run")
     assert json.loads((run.path / "recipe.json").read_text())["recipe"]["method"] == "simclr"
     assert run.recipe == tiny()
+
+
+def test_a_run_counted_in_steps_ends_within_an_epoch_and_resumes_exactly(tiny, tmp_path):
+    """Four steps are an epoch: 6 end in the middle of the second one."""
+    recipe = tiny(steps=6, schedule="step", milestones=(5,), warmup_epochs=0.0)
+    whole = pretrain(recipe, out=tmp_path / "whole")
+    rates = [row["lr"] for row in whole.history()]
+    assert len(rates) == 6 and rates[5] == pytest.approx(0.1 * rates[0]) and rates[4] == rates[0]
+    assert whole.status()["step"] == whole.status()["total"] == 6
+    parts = prepare(recipe, out=tmp_path / "parts")
+    train_until(parts, 5)
+    pretrain(recipe, out=tmp_path / "parts")
+    assert equal(weights(whole), weights(parts))

@@ -8,18 +8,17 @@ A new protocol is one function `(subject, train, test, seed) -> Outcome` in PROT
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from ..errors import unknown
 from ..reading import loader_workers
-from ..run import append_jsonl, versions
+from ..run import append_jsonl
 from . import finetune
 from .knn import weighted_knn
-from .linear import linear_probe
-from .results import interval, mean_interval, table
+from .linear import LINEAR, linear_probe
+from .results import accuracy, interval, mean_interval, result_row, table
 from .sources import Subject, open_source, subjects
 
 __all__ = ["PROTOCOLS", "Outcome", "Subject", "evaluate", "interval", "mean_interval", "table"]
@@ -63,6 +62,7 @@ def _few_labels(subject: Subject, train, test, seed: int) -> Outcome | None:
 
 
 PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _linear, "few_labels": _few_labels}
+RECIPES = {**LINEAR}  # of protocols that train, for protocol.train_protocol
 
 
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,
@@ -99,7 +99,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
             outcome = PROTOCOLS[name](subject, train, test, seed)
             if outcome is None:
                 continue
-            rows.append(_row(subject, train.name, outcome, seed))
+            numbers = {**accuracy(outcome.correct, outcome.n), **outcome.more}
+            rows.append(result_row(subject.name, train.name, outcome.protocol, numbers, seed))
             if folder is not None:
                 append_jsonl(folder / "results.jsonl", rows[-1])
     return rows
@@ -112,11 +113,3 @@ def _load(data) -> tuple:
     from ..data import load
 
     return load(data, "train"), load(data, "test")
-
-
-def _row(subject: Subject, data: str, outcome: Outcome, seed: int) -> dict:
-    low, high = interval(outcome.correct, outcome.n)
-    return {"source": subject.name, "data": data, "protocol": outcome.protocol,
-            "top1": 100 * outcome.correct / outcome.n, "interval": [100 * low, 100 * high], "n": outcome.n,
-            "seed": seed, "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(), **outcome.more}

@@ -1,6 +1,6 @@
 """Linear probes: how much of the classes a straight cut through feature space can read.
 
-LINEAR holds the published protocols, which are trained on crops by supervised.train_protocol. `linear_probe` is quick
+LINEAR holds the published protocols, which are trained on crops by protocol.train_protocol. `linear_probe` is quick
 and works on cached features.
 
 The rate matters more than anything else here, so a whole grid of learning rates is trained at once (one
@@ -137,7 +137,7 @@ def _check(train, train_labels, test, test_labels, lrs) -> None:
         raise InputError("Labels must count from 0: take unlabelled images (-1) out first.")
 
 
-# ---------------------------------------------------------------- the published protocols, for train_protocol
+# ---------------------------------------------------------------- the published protocols, for protocol.train_protocol
 
 _probe = Recipe(
     method="sslnb.evaluate.supervised:Supervised", backbone="resnet50", size=224, data="imagenet", gpus=8, batch=32,
@@ -145,15 +145,15 @@ _probe = Recipe(
 )
 
 LINEAR = {
-    "linear, MoCo protocol": _probe.with_(
+    "linear_moco": _probe.with_(
         lr=30.0, schedule="step", milestones=(60, 80),
         note="lr 30 is for 256 images as it stands and is not scaled. 76.17, which stands for the supervised ResNet-50 "
              "in the zoo's table, is its multi-head result; by this protocol it has 74.12."),
-    "linear, SimSiam protocol": _probe.with_(
+    "linear_simsiam": _probe.with_(
         batch=512, epochs=90, optimizer="lars", lr=1.6, numbers={"adapt_vectors": True},
         note="lr is 0.1 x 4096 / 256. LARS adapts the bias too, as apex's LARC does."),
-    "linear, BarlowTwins protocol": _probe.with_(lr=0.3, weight_decay=1e-6),
-    "linear, MoCoV3 protocol": _probe.with_(
+    "linear_barlowtwins": _probe.with_(lr=0.3, weight_decay=1e-6),
+    "linear_mocov3": _probe.with_(
         backbone="vit_small_patch16_224", backbone_numbers={"num_heads": 12}, batch=128, epochs=90, lr=12.0,
         note="lr is 3 x 1024 / 256, for its vision transformers; its ResNet-50 takes 0.4."),
 }

@@ -2,9 +2,23 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
 
 from ..errors import InputError
+from ..run import versions
+
+
+def result_row(source: str, data: str, protocol: str, numbers: Mapping[str, Any], seed: int) -> dict:
+    """One row of results.jsonl: what was evaluated how, the numbers, and where they come from."""
+    return {"source": source, "data": data, "protocol": protocol, **numbers, "seed": seed,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+
+
+def accuracy(correct: int, n: int) -> dict[str, Any]:
+    """top1 and its 95 % interval, in %, of `n` images."""
+    return {"top1": 100 * correct / n, "interval": [100 * edge for edge in interval(correct, n)], "n": n}
 
 
 def interval(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:

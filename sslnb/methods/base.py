@@ -25,6 +25,9 @@ class Method(nn.Module):
     sync_bn = False
     """True where batch norm must see the batch of all processes."""
 
+    monitored = True
+    """False where nobody asks, while it trains, whether the backbone's features collapse or become better."""
+
     backbone: nn.Module
 
     def views(self, size: int) -> Views:

@@ -1,0 +1,123 @@
+"""Protocols that train: a Method with labels on the loop of train.py, started from the backbone of any source.
+
+    row = train_protocol("runs/simclr", "linear_moco", data="imagenet", processes=8)
+
+So a protocol runs on many GPUs, in 16 bits, resumes exactly and writes a run directory like any pretraining.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import unknown
+from ..methods.base import Method
+from ..parts import world
+from ..recipes import Recipe
+from ..run import Run, append_jsonl, checksum
+from ..train import pretrain
+from .results import result_row
+from .sources import open_source
+
+
+class Protocol(Method):
+    """What a protocol adds to the contract of a method; subclasses also write `views` and `forward`.
+
+    Labels are looked up by the number of the image, in `before_train`: the contract hands over nothing else.
+    """
+
+    monitored = False
+
+    def __init__(self, backbone: nn.Module, start: str, test_every: int):
+        """`start`: safetensors of the backbone to begin with; the network is tested every `test_every` epochs, and at
+        the end. 0: at the end only."""
+        super().__init__()
+        self.backbone, self.start, self.test_every = backbone, start, test_every
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))  # a resumed run must not begin again
+
+    @classmethod
+    def fitted(cls, recipe: Recipe) -> Recipe:
+        """The recipe with what its data decide, such as the number of classes. Errors: InputError if they do not fit
+        the protocol, before any work."""
+        return recipe
+
+    def test(self, run: Run) -> dict[str, Any]:
+        """Numbers for a "test" row of the log. Called in every process, and must return the same in each."""
+        raise NotImplementedError
+
+    @staticmethod
+    def results(tests: list[dict[str, Any]]) -> dict[str, Any]:
+        """What goes into results.jsonl, from the "test" rows of a finished run, oldest first."""
+        raise NotImplementedError
+
+    def before_train(self, run: Run) -> None:
+        if self.started:
+            return
+        if self.start:
+            from safetensors.torch import load_file
+
+            self.backbone.load_state_dict(load_file(self.start))
+        self.started.fill_(True)
+
+    def after_epoch(self, run: Run, epoch: int) -> None:
+        step, total = (run.status().get(name, 0) for name in ("step", "total"))
+        per_epoch = run.recipe.steps_per_epoch(len(run.recipe.load()))
+        last = (epoch + 1) * per_epoch >= total
+        if last or self.test_every and (epoch + 1) % self.test_every == 0:
+            found = self.test(run)
+            if world()[0] == 0:
+                run.append("test", step=step, epoch=epoch + 1, **found)
+
+
+def train_protocol(source, protocol: str, data: str | Path | None = None, out: str | Path = "auto", *,
+                   recipe: Recipe | None = None, size: int | None = None, processes: int = 1, precision: str = "auto",
+                   seed: int = 0, workers: int | str = "auto", resume: bool = True, **changes: Any) -> dict:
+    """Train a protocol from the backbone of `source` and return its row, which is written down too.
+
+    `source`: a Run, the path of a run directory, or a timm name (weights drawn from `seed`). `protocol`: a name in
+    `RECIPES` of sslnb.evaluate, or any name, with a `recipe` of your own. `size`: of the crops, if not the protocol's,
+    or the run's where that was trained at another size. `changes` (epochs, batch, lr …) make another protocol of it,
+    and the row says so. The row goes to results.jsonl of the source and of the protocol's run.
+    Errors: InputError before any work.
+    """
+    from .. import methods
+    from . import RECIPES
+
+    if recipe is None:
+        if protocol not in RECIPES:
+            unknown("protocol", protocol, RECIPES)
+        recipe = RECIPES[protocol]
+    source = open_source(source, seed)
+    size = size or (source.size if source.folder else recipe.size) or recipe.size
+    recipe = recipe.with_(backbone=source.architecture, backbone_numbers=dict(source.numbers), size=size,
+                          data=str(data or source.data or recipe.data), pool=source.pool).with_(**changes)
+    kind = methods.get(recipe.method)
+    recipe = kind.fitted(recipe)
+    backbone = source.backbone(size)
+    start = _save_start(backbone, source.folder or Path("runs"))
+    print(f"{len(backbone.state_dict())} tensors of {recipe.backbone} come from {source.name}; the rest is new.")
+    run = pretrain(recipe.with_(start=str(start)), out=out, processes=processes, precision=precision, seed=seed,
+                   workers=workers, resume=resume)
+    name = protocol if not changes else f"{protocol}, with {_said(changes)}"
+    row = result_row(source.name, recipe.data, name, {**kind.results(run.history("test")), "run": str(run.path)}, seed)
+    for folder in {run.path, *([source.folder] if source.folder else [])}:
+        append_jsonl(folder / "results.jsonl", row)
+    return row
+
+
+def _save_start(backbone: nn.Module, folder: Path) -> Path:
+    """Its weights in a file whose name carries their checksum: the same backbone again is the same file."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / ".start.draft"
+    save_file({k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}, draft)
+    start = folder / f"start-{checksum(draft)}.safetensors"
+    draft.replace(start)
+    return start.resolve()
+
+
+def _said(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v}" for k, v in changes.items())
