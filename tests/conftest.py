@@ -10,6 +10,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--seeds", type=int, default=3, help="runs per demo recipe in the slow tests")
+
+
 def few_digits(split):
     """130 scattered digits: enough for four steps of 32 and for every mechanism, few enough for many runs."""
     from sslnb.embedded import digits_scattered
