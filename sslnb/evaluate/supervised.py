@@ -1,5 +1,7 @@
 """A backbone and a linear classifier, trained on labels: what probes and fine-tuning share."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,9 +98,18 @@ class Supervised(Protocol):
         super().before_train(run)
         self.labels = labels_of(run.recipe.load(), self.head.out_features)
 
-    @torch.no_grad()
     def test(self, run: Run) -> dict[str, float]:
-        """Every process tests its share of the images. Broken images do not count."""
+        found = torch.zeros(3, dtype=torch.float64)  # right at once, right among five, all
+        for logits, labels in self.tested(run):
+            right = logits.topk(min(5, self.head.out_features), 1).indices == labels[:, None]
+            found += torch.tensor([right[:, 0].sum(), right.any(1).sum(), len(right)])
+        correct, correct5, n = self.summed(found)
+        return {"top1": 100 * correct / n, "top5": 100 * correct5 / n, "correct": int(correct), "n": int(n)}
+
+    @torch.no_grad()
+    def tested(self, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits and labels of the test images in batches, on the device: of this process's share. Broken images do
+        not count."""
         images, (rank, size) = run.recipe.load(self.test_on), world()
         labels, view = labels_of(images, self.head.out_features), self.test_view(run.recipe.size)
         mine = [(i, 0) for i in range(rank, len(images), size)]
@@ -107,17 +118,18 @@ class Supervised(Protocol):
             num_workers=loader_workers(run.settings["workers"], images, size))
         device, training = next(self.parameters()).device, self.training
         self.eval()
-        found = torch.zeros(3, dtype=torch.float64)  # right at once, right among five, all
         for (crops,), index, seeds, broken in loader:
             (x,) = view.photometric([crops.to(device)], seeds)
             with torch.autocast(device.type, torch.bfloat16 if run.recipe.precision == "bf16" else torch.float16,
                                 enabled=run.recipe.precision != "fp32"):
-                best = self.logits(x).topk(min(5, self.head.out_features), 1).indices.cpu()
-            right = (best == labels[index][:, None])[broken < 0]
-            found += torch.tensor([right[:, 0].sum(), right.any(1).sum(), len(right)])
+                logits = self.logits(x)
+            yield logits[(broken < 0).to(device)], labels[index][broken < 0].to(device)
         self.train(training)
-        correct, correct5, n = sum_over_processes(found.to(device if device.type != "mps" else "cpu")).tolist()
-        return {"top1": 100 * correct / n, "top5": 100 * correct5 / n, "correct": int(correct), "n": int(n)}
+
+    def summed(self, counts: Tensor) -> list[float]:
+        """Counts (n,) of all processes together."""
+        device = next(self.parameters()).device
+        return sum_over_processes(counts.to(device if device.type != "mps" else "cpu")).tolist()
 
     @staticmethod
     def results(tests: list[dict]) -> dict:
