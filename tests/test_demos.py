@@ -14,7 +14,7 @@ from sslnb.evaluate import evaluate, mean_interval
 from sslnb.evaluate.reconstruction import masked_error, masked_psnr
 
 pytestmark = pytest.mark.slow
-PAINTERS = ("mae", "simmim", "a2mim", "inpainting")
+PAINTERS = ("mae", "simmim", "a2mim", "inpainting", "cae")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_mae_beats_its_start_by_15_points_and_the_mean_by_5_decibel(tmp_path, se
     clearly_above(found["trained psnr"], found["baseline psnr"], by=5)
 
 
-@pytest.mark.parametrize("method", ["simmim", "a2mim", "inpainting"])
+@pytest.mark.parametrize("method", ["simmim", "a2mim", "inpainting", "cae"])
 def test_painters_beat_the_mean_of_the_visible_pixels_by_3_decibel(method, tmp_path, seeds):
     found = results(method, tmp_path, seeds, [])
     clearly_above(found["trained psnr"], found["baseline psnr"], by=3)

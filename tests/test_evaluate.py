@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import measured
 from PIL import Image
 from torch import nn
 
@@ -18,7 +19,7 @@ from sslnb.errors import InputError
 from sslnb.evaluate import PROTOCOLS, Outcome, Subject, evaluate, finetune, interval, mean_interval, table
 from sslnb.evaluate.collapse import alignment, diagnose, effective_rank, feature_std, panel, uniformity
 from sslnb.evaluate.features import calibrated, extract, raw_pixels, to_batch
-from sslnb.evaluate.knn import weighted_knn
+from sslnb.evaluate.knn import knn_grid, weighted_knn
 from sslnb.evaluate.linear import linear_probe
 from sslnb.evaluate.sources import switched_on
 from sslnb.views import IMAGENET_MEAN, IMAGENET_STD
@@ -261,6 +262,42 @@ def test_knn_does_not_depend_on_the_chunks(clouds):
     for chunk in (1, 3, 64):  # the bank goes by 16, 48 and 1024 rows
         part = weighted_knn(*clouds, k=20, chunk=chunk)
         assert torch.equal(part.predictions, whole.predictions) and part.top5 == whole.top5
+
+
+def test_a_grid_of_k_is_each_k_alone(clouds):
+    grid = knn_grid(*clouds, ks=(1, 5, 50))
+    for k, result in grid.items():
+        alone = weighted_knn(*clouds, k=k)
+        assert torch.equal(result.predictions, alone.predictions)
+        assert (result.top1, result.top5) == (alone.top1, alone.top5)
+    assert len({r.top1 for r in grid.values()}) > 1 and grid[1].top5 is None
+
+
+IMAGENET_KNN = """
+import time, torch
+from sslnb.evaluate.knn import knn_grid
+
+torch.manual_seed(0)
+block = torch.randn(16_384, 2048).half()
+bank = torch.empty(1_281_167, 2048, dtype=torch.half)  # 5.2 GB, a row of its own for every image
+for i, part in enumerate(bank.split(len(block))):
+    part.copy_(block.roll(i + 1, 1)[:len(part)])
+labels = torch.arange(len(bank)) % 1000
+chosen = torch.arange(0, len(bank), 625)[:1280]  # two chunks
+queries = bank[chosen].float() + 0.1 * torch.randn(1280, 2048)
+before, began = peak(), time.time()
+found = knn_grid(bank, labels, queries, labels[chosen])
+print(peak() - before, time.time() - began, found[10].top1)
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_of_knn_at_imagenets_size():
+    """Every query finds the row it was made of; nothing of the size N x M or N x D in float32 is made."""
+    peak, seconds, top1 = measured(IMAGENET_KNN)
+    print(f"DEMO kNN, 1,280 queries in 1,281,167 x 2,048 half-precision features: {seconds:.0f} s on a CPU, "
+          f"{1000 * peak:.0f} MB beside the features; 50,000 queries would take {seconds * 50_000 / 1280 / 3600:.1f} h")
+    assert top1 == 100 and 0.1 < peak < 0.6
 
 
 def test_knn_leave_one_out(clouds):

@@ -16,7 +16,7 @@ from ..errors import unknown
 from ..reading import loader_workers
 from ..run import append_jsonl
 from . import finetune
-from .knn import weighted_knn
+from .knn import KS, knn_grid
 from .linear import LINEAR, linear_probe
 from .results import accuracy, interval, mean_interval, result_row, table
 from .sources import Subject, open_source, subjects
@@ -38,10 +38,12 @@ class Outcome:
 
 def _knn(subject: Subject, train, test, seed: int) -> Outcome:
     bank, queries = subject.features(train), subject.features(test)
-    result = weighted_knn(bank.x, bank.labels, queries.x, queries.labels, k=20, temperature=0.07)
-    correct = int((result.predictions == queries.labels).sum())
-    broken = len(bank.broken) + len(queries.broken)
-    return Outcome("knn k20 t0.07", correct, len(queries.x), {"top5": result.top5, "broken": broken})
+    found = knn_grid(bank.x, bank.labels, queries.x, queries.labels, temperature=0.07,
+                     ks=[k for k in KS if k <= max(20, len(bank.x))])
+    correct = int((found[20].predictions == queries.labels).sum())
+    return Outcome("knn k20 t0.07", correct, len(queries.x), {
+        "top5": found[20].top5, "by_k": {str(k): result.top1 for k, result in found.items()},
+        "broken": len(bank.broken) + len(queries.broken)})
 
 
 def _linear(subject: Subject, train, test, seed: int) -> Outcome:

@@ -4,6 +4,7 @@ The k most similar training images vote for their class with weight exp(s / τ),
 (arXiv 1805.01978; k = 20 and τ = 0.07 as in facebookresearch/dino eval_knn.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
+KS = (10, 20, 100, 200)  # DINO's
 BANK_CHUNKS = 16  # bank rows per step, as a multiple of the test rows: 1024 x 16384 similarities are 64 MB
 
 
@@ -26,28 +28,41 @@ class KNN:
 
 def weighted_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int = 20,
                  temperature: float = 0.07, chunk: int = 1024, exclude_self: bool = False) -> KNN:
-    """Classify test (M, D) by its k nearest rows of train (N, D); labels (N,), (M,) count from 0, gaps
-    allowed.
+    """Classify test (M, D) by its k nearest rows of train (N, D); labels (N,), (M,) count from 0, gaps allowed.
 
-    Works in pieces of `chunk` tests by 16 * `chunk` training rows, so the N x M similarities never exist at
-    once; the bank may stay on the CPU while the tests are on a GPU. `exclude_self`: train and test are the
-    same rows, and no image may be its own neighbour (leave-one-out). A class nobody voted for is never a
-    top-5 hit. Raises InputError for sizes that do not fit and for k larger than the bank.
+    Works in pieces of `chunk` tests by 16 * `chunk` training rows, so the N x M similarities never exist at once; the
+    bank may stay on the CPU, in 16 bits, while the tests are on a GPU. Beside the features it holds two float copies of
+    16 * `chunk` rows of the bank and their similarities, 0.4 GB at D = 2048, whatever N and M. `exclude_self`: train and test are the same rows, and no image may be its own
+    neighbour (leave-one-out). A class nobody voted for is never a top-5 hit. Raises InputError for sizes that do not
+    fit and for k larger than the bank.
     """
-    _check(train, train_labels, test, test_labels, k, temperature, exclude_self)
+    return knn_grid(train, train_labels, test, test_labels, ks=[k], temperature=temperature, chunk=chunk,
+                    exclude_self=exclude_self)[k]
+
+
+def knn_grid(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, ks: Sequence[int] = KS,
+             temperature: float = 0.07, chunk: int = 1024, exclude_self: bool = False) -> dict[int, KNN]:
+    """`weighted_knn` for several k at the cost of the largest: {k: its result}."""
+    for k in ks:
+        _check(train, train_labels, test, test_labels, k, temperature, exclude_self)
     train_labels, test_labels = train_labels.to(test.device), test_labels.to(test.device)
     classes = 1 + int(max(train_labels.max(), test_labels.max()))
-    predictions, hits5 = [], 0
+    predictions: dict[int, list[Tensor]] = {k: [] for k in ks}
+    hits5 = dict.fromkeys(ks, 0)
     for start in range(0, len(test), chunk):
         queries = F.normalize(test[start:start + chunk].float(), dim=1)  # m x D
-        s, rows = _nearest(train, queries, k, BANK_CHUNKS * chunk, start if exclude_self else None)
-        votes = _votes(s, train_labels[rows], classes, temperature)  # m x C
-        predictions.append(votes.argmax(1))
-        best, ranked = votes.topk(min(5, classes), dim=1)
-        hits5 += int(((ranked == test_labels[start:start + chunk, None]) & (best > 0)).sum())
-    predictions = torch.cat(predictions)
-    top1 = 100 * int((predictions == test_labels).sum()) / len(test)
-    return KNN(top1, 100 * hits5 / len(test) if k >= 5 and classes > 5 else None, predictions)
+        s, rows = _nearest(train, queries, max(ks), BANK_CHUNKS * chunk, start if exclude_self else None)
+        for k in ks:
+            votes = _votes(s[:, :k], train_labels[rows[:, :k]], classes, temperature)  # m x C
+            predictions[k].append(votes.argmax(1))
+            best, ranked = votes.topk(min(5, classes), dim=1)
+            hits5[k] += int(((ranked == test_labels[start:start + chunk, None]) & (best > 0)).sum())
+    found = {}
+    for k in ks:
+        predicted = torch.cat(predictions[k])
+        top5 = 100 * hits5[k] / len(test) if k >= 5 and classes > 5 else None
+        found[k] = KNN(100 * int((predicted == test_labels).sum()) / len(test), top5, predicted)
+    return found
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int, step: int, first: int | None) -> tuple[Tensor, Tensor]:
