@@ -61,11 +61,11 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     """A set of images by name, or by the path of a folder or list file (a Path is never taken for a name).
 
     A folder has class folders, or images without labels, possibly below train/ and val/ (or else test/). A
-    list file has one `path label` or `path` per line, relative to `root` or else to its own folder. Where no
-    folders split labelled images, "test" is 10 % of each class drawn by `seed` and "train" is the rest, so use the
-    same seed for both; without labels both are all images. `fraction` keeps a part in (0, 1] of each class drawn by
-    `seed`, or the images named in a file (`file` or `class/file` per line). `classes` is a file with the classes to
-    keep, one per line.
+    list file has one `path label` or `path` per line, relative to `root` or else to its own folder; train.txt and
+    val.txt in a folder are one for each split. Where nothing splits labelled images, "test" is 10 % of each class
+    drawn by `seed` and "train" is the rest, so use the same seed for both; without labels both are all images.
+    `fraction` keeps a part in (0, 1] of each class drawn by `seed`, or the images named in a file (`file` or
+    `class/file` per line). `classes` is a file with the classes to keep, one per line.
     `root` is where a downloaded set lies: otherwise $SSLNB_DATA or ./data, for ImageNet $IMAGENET or
     ./data/imagenet. Whatever is unknown, missing or contradictory raises InputError.
     """
@@ -129,6 +129,9 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
     # A class may be called "train": it is a split only beside another split, or when it is all there is.
     if splits and (splits == folders or "train" in splits and len(splits) > 1):
         return _split_folder(path, split, str(path))
+    lists = path / "train.txt", path / "val.txt"
+    if all(file.is_file() for file in lists):
+        return _listed(lists[split != "train"], Path(root or path).expanduser(), split)
     return _hold_out(_folder(path, str(path), split, []), seed)
 
 

@@ -18,6 +18,7 @@ from ..run import append_jsonl
 from . import finetune
 from .knn import KS, knn_grid
 from .linear import LINEAR, linear_probe
+from .multihead import MULTIHEAD
 from .results import accuracy, interval, mean_interval, result_row, table
 from .sources import Subject, open_source, subjects
 
@@ -64,7 +65,7 @@ def _few_labels(subject: Subject, train, test, seed: int) -> Outcome | None:
 
 
 PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _linear, "few_labels": _few_labels}
-RECIPES = {**LINEAR}  # of protocols that train, for protocol.train_protocol
+RECIPES = {**LINEAR, **MULTIHEAD}  # of protocols that train, for protocol.train_protocol
 
 
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,

@@ -5,6 +5,7 @@
 So a protocol runs on many GPUs, in 16 bits, resumes exactly and writes a run directory like any pretraining.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from ..methods.base import Method
 from ..parts import world
 from ..recipes import Recipe
 from ..run import Run, append_jsonl, checksum
-from ..train import pretrain
 from .results import result_row
 from .sources import open_source
 
@@ -53,6 +53,8 @@ class Protocol(Method):
         raise NotImplementedError
 
     def before_train(self, run: Run) -> None:
+        per_epoch = run.recipe.steps_per_epoch(len(run.recipe.load()))
+        self.last_epoch = math.ceil(run.recipe.total_steps(per_epoch) / per_epoch)
         if self.started:
             return
         if self.start:
@@ -62,13 +64,10 @@ class Protocol(Method):
         self.started.fill_(True)
 
     def after_epoch(self, run: Run, epoch: int) -> None:
-        step, total = (run.status().get(name, 0) for name in ("step", "total"))
-        per_epoch = run.recipe.steps_per_epoch(len(run.recipe.load()))
-        last = (epoch + 1) * per_epoch >= total
-        if last or self.test_every and (epoch + 1) % self.test_every == 0:
+        if epoch + 1 == self.last_epoch or self.test_every and (epoch + 1) % self.test_every == 0:
             found = self.test(run)
             if world()[0] == 0:
-                run.append("test", step=step, epoch=epoch + 1, **found)
+                run.append("test", step=run.status().get("step", 0), epoch=epoch + 1, **found)
 
 
 def train_protocol(source, protocol: str, data: str | Path | None = None, out: str | Path = "auto", *,
@@ -83,6 +82,7 @@ def train_protocol(source, protocol: str, data: str | Path | None = None, out: s
     Errors: InputError before any work.
     """
     from .. import methods
+    from ..train import pretrain  # which itself looks at features, by a file beside this one
     from . import RECIPES
 
     if recipe is None:
