@@ -9,20 +9,25 @@ A new protocol is one function `(subject, train, test, seed) -> Outcome` in PROT
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..errors import unknown
+from ..errors import InputError, unknown
 from ..reading import loader_workers
 from ..run import append_jsonl
-from . import finetune
+from . import few_labels
+from .finetune import FINETUNE
 from .knn import KS, knn_grid
 from .linear import LINEAR, linear_probe
 from .multihead import MULTIHEAD
+from .protocol import train_protocol
 from .results import accuracy, interval, mean_interval, result_row, table
+from .semi import SEMI, semi_supervised
 from .sources import Subject, open_source, subjects
 
-__all__ = ["PROTOCOLS", "Outcome", "Subject", "evaluate", "interval", "mean_interval", "table"]
+__all__ = ["PROTOCOLS", "RECIPES", "Outcome", "Subject", "evaluate", "interval", "mean_interval",
+           "semi_supervised", "table", "train_protocol"]
 
 DEFAULT_DATA = "digits_scattered"
 
@@ -59,38 +64,46 @@ def _linear(subject: Subject, train, test, seed: int) -> Outcome:
 def _few_labels(subject: Subject, train, test, seed: int) -> Outcome | None:
     if subject.backbone is None:
         return None  # raw pixels have no weights to tune
-    predictions, labels, more = finetune.few_labels(subject, train, test, seed)
+    predictions, labels, more = few_labels.few_labels(subject, train, test, seed)
     correct = int((predictions == labels).sum())
-    return Outcome(f"fine-tune {finetune.LABELS} labels per class", correct, len(labels), more)
+    return Outcome(f"fine-tune {few_labels.LABELS} labels per class", correct, len(labels), more)
 
 
 PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _linear, "few_labels": _few_labels}
-RECIPES = {**LINEAR, **MULTIHEAD}  # of protocols that train, for protocol.train_protocol
+RECIPES = {**LINEAR, **SEMI, **FINETUNE, **MULTIHEAD}  # of protocols that train, for protocol.train_protocol
 
 
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,
-             seed: int = 0, out: str | Path | None = None, size: int | None = None,
-             device: str | torch.device = "auto", workers: int | str = "auto") -> list[dict]:
-    """Evaluate features; one dict per (features, protocol), accuracies and their 95 % intervals in %.
+             backbone: str | None = None, seed: int = 0, out: str | Path | None = None, size: int | None = None,
+             device: str | torch.device = "auto", workers: int | str = "auto", **settings: Any) -> list[dict]:
+    """Evaluate a network; one dict per (network, protocol), accuracies and their 95 % intervals in %.
 
     `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on ten images per class, for which
-    "random initialisation" means training from scratch.
-    `source`: a Run, the path of a run directory, or a timm name (random weights). `data`: a name or folder
-    for `sslnb.data.load`, or a pair (train, test) of loaded images; default: what the run was trained on,
-    else "digits_scattered". `baselines` adds "random initialisation" (BatchNorm statistics calibrated) and
-    "raw pixels". Rows go to `results.jsonl` in the run directory or in `out` as soon as each is known. A
-    protocol that returns None does not apply to those features and gives no row. Data without labels give
-    an empty list and a printed note. `device` "auto" is the GPU if there is one; `workers` "auto" reads files
-    with most of the cores.
+    "random initialisation" means training from scratch; or a name in RECIPES, which trains as `pretrain` does.
+    `source`: a Run, the path of a run directory, a file of weights of a `backbone`, or a timm name (random weights).
+    `data`: a name or folder for `sslnb.data.load`, or a pair (train, test) of loaded images, for protocols that do not
+    train; default: what the run was trained on, else "digits_scattered". `baselines` adds "random initialisation"
+    (BatchNorm statistics calibrated) and "raw pixels" to those. Rows go to `results.jsonl` in the run directory or in
+    `out` as soon as each is known. A protocol that returns None does not apply to those features and gives no row. Data
+    without labels give an empty list and a printed note. `device` "auto" is the GPU if there is one; `workers` "auto"
+    reads files with most of the cores. `settings` are those of `train_protocol`: processes, epochs, batch …
     """
     for name in protocols:
-        if name not in PROTOCOLS:
-            unknown("protocol", name, PROTOCOLS)
-    source = open_source(source, seed)
+        if name not in PROTOCOLS and name not in RECIPES:
+            unknown("protocol", name, [*PROTOCOLS, *RECIPES])
+    quick = [name for name in protocols if name in PROTOCOLS]
+    if quick and settings:
+        raise InputError(f"{', '.join(settings)} can be set for protocols that train, and {quick[0]} does not; "
+                         "leave it out, or evaluate in two calls.")
+    trained = [train_protocol(source, name, data, seed=seed, size=size, workers=workers, backbone=backbone, **settings)
+               for name in protocols if name in RECIPES]
+    if not quick:
+        return trained
+    source = open_source(source, seed, backbone)
     train, test = _load(data or source.data or DEFAULT_DATA)
     if train.labels is None or test.labels is None:
         print(f"{train.name} has no labels: probes are switched off.")
-        return []
+        return trained
     folder = source.folder if out is None else Path(out)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +111,7 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     rows = []
     for subject in subjects(source, train, size=size, baselines=baselines, seed=seed,
                             device=device, workers=workers):
-        for name in protocols:
+        for name in quick:
             outcome = PROTOCOLS[name](subject, train, test, seed)
             if outcome is None:
                 continue
@@ -106,7 +119,7 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
             rows.append(result_row(subject.name, train.name, outcome.protocol, numbers, seed))
             if folder is not None:
                 append_jsonl(folder / "results.jsonl", rows[-1])
-    return rows
+    return trained + rows
 
 
 def _load(data) -> tuple:

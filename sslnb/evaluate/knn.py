@@ -32,9 +32,9 @@ def weighted_knn(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
 
     Works in pieces of `chunk` tests by 16 * `chunk` training rows, so the N x M similarities never exist at once; the
     bank may stay on the CPU, in 16 bits, while the tests are on a GPU. Beside the features it holds two float copies of
-    16 * `chunk` rows of the bank and their similarities, 0.4 GB at D = 2048, whatever N and M. `exclude_self`: train and test are the same rows, and no image may be its own
-    neighbour (leave-one-out). A class nobody voted for is never a top-5 hit. Raises InputError for sizes that do not
-    fit and for k larger than the bank.
+    16 * `chunk` rows of the bank and their similarities: 0.4 GB at D = 2048, whatever N and M. `exclude_self`: train
+    and test are the same rows, and no image may be its own neighbour (leave-one-out). A class nobody voted for is never
+    a top-5 hit. Raises InputError for sizes that do not fit and for k larger than the bank.
     """
     return knn_grid(train, train_labels, test, test_labels, ks=[k], temperature=temperature, chunk=chunk,
                     exclude_self=exclude_self)[k]

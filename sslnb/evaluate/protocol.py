@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import methods
 from ..errors import unknown
 from ..methods.base import Method
 from ..parts import world
 from ..recipes import Recipe
 from ..run import Run, append_jsonl, checksum
 from .results import result_row
-from .sources import open_source
+from .sources import Source, open_source
 
 
 class Protocol(Method):
@@ -42,6 +43,20 @@ class Protocol(Method):
         """The recipe with what its data decide, such as the number of classes. Errors: InputError if they do not fit
         the protocol, before any work."""
         return recipe
+
+    @classmethod
+    def on_source(cls, recipe: Recipe, source: Source, size: int | None) -> Recipe:
+        """The recipe with the backbone of a source, at the size of the source's run unless another is given."""
+        size = size or (source.size if source.folder else recipe.size) or recipe.size
+        return recipe.with_(backbone=source.architecture, backbone_numbers=dict(source.numbers), size=size,
+                            pool=source.pool)
+
+    @classmethod
+    def starting_point(cls, recipe: Recipe, backbone: nn.Module) -> tuple[dict[str, torch.Tensor], str]:
+        """The state dict that the recipe's backbone begins with, from the source's backbone, and a sentence about it.
+        Errors: InputError if they do not fit, before any work."""
+        tensors = backbone.state_dict()
+        return tensors, f"{len(tensors)} tensors of {recipe.backbone} come from the source; the rest is new."
 
     def test(self, run: Run) -> dict[str, Any]:
         """Numbers for a "test" row of the log. Called in every process, and must return the same in each."""
@@ -71,53 +86,72 @@ class Protocol(Method):
 
 
 def train_protocol(source, protocol: str, data: str | Path | None = None, out: str | Path = "auto", *,
-                   recipe: Recipe | None = None, size: int | None = None, processes: int = 1, precision: str = "auto",
-                   seed: int = 0, workers: int | str = "auto", resume: bool = True, **changes: Any) -> dict:
+                   recipe: Recipe | None = None, backbone: str | None = None, seed: int = 0, **settings: Any) -> dict:
     """Train a protocol from the backbone of `source` and return its row, which is written down too.
 
-    `source`: a Run, the path of a run directory, or a timm name (weights drawn from `seed`). `protocol`: a name in
-    `RECIPES` of sslnb.evaluate, or any name, with a `recipe` of your own. `size`: of the crops, if not the protocol's,
-    or the run's where that was trained at another size. `changes` (epochs, batch, lr …) make another protocol of it,
-    and the row says so. The row goes to results.jsonl of the source and of the protocol's run.
-    Errors: InputError before any work.
+    `source`: a Run, the path of a run directory, a file of weights (of `backbone`), or a timm name (weights drawn from
+    `seed`). `protocol`: a name in `RECIPES` of sslnb.evaluate, or any name, with a `recipe` of your own. `settings`: as
+    in `train_from`; what changes the recipe makes another protocol of it, and the row says so. The row goes to
+    results.jsonl of the source and of the protocol's run. Errors: InputError before any work.
     """
-    from .. import methods
-    from ..train import pretrain  # which itself looks at features, by a file beside this one
+    source = open_source(source, seed, backbone)
+    run = train_from(source, recipe or find(protocol), data, out, seed=seed, **settings)
+    return write_row(run, source, named(protocol, settings))
+
+
+def find(protocol: str) -> Recipe:
     from . import RECIPES
 
-    if recipe is None:
-        if protocol not in RECIPES:
-            unknown("protocol", protocol, RECIPES)
-        recipe = RECIPES[protocol]
-    source = open_source(source, seed)
-    size = size or (source.size if source.folder else recipe.size) or recipe.size
-    recipe = recipe.with_(backbone=source.architecture, backbone_numbers=dict(source.numbers), size=size,
-                          data=str(data or source.data or recipe.data), pool=source.pool).with_(**changes)
+    if protocol not in RECIPES:
+        unknown("protocol", protocol, RECIPES)
+    return RECIPES[protocol]
+
+
+HOW_IT_RUNS = ("size", "processes", "precision", "workers", "resume")  # and not what runs
+
+
+def named(protocol: str, settings: Mapping[str, Any]) -> str:
+    """The name of a protocol, with what was changed of it: "linear_moco, with epochs 3"."""
+    changes = [f"{name} {value}" for name, value in settings.items() if name not in HOW_IT_RUNS]
+    return f"{protocol}, with {', '.join(changes)}" if changes else protocol
+
+
+def train_from(source: Source, recipe: Recipe, data: str | Path | None = None, out: str | Path = "auto", *,
+               size: int | None = None, processes: int = 1, precision: str = "auto", seed: int = 0,
+               workers: int | str = "auto", resume: bool = True, **changes: Any) -> Run:
+    """Train the recipe of a protocol, with `changes`, from the backbone of `source`.
+
+    `size`: of the crops, if not the protocol's, or the run's where that was trained at another size. The rest is as in
+    `pretrain`.
+    """
+    from ..train import pretrain  # which measures features while it trains, with this package
+
     kind = methods.get(recipe.method)
+    recipe = kind.on_source(recipe, source, size).with_(data=str(data or source.data or recipe.data)).with_(**changes)
     recipe = kind.fitted(recipe)
-    backbone = source.backbone(size)
-    start = _save_start(backbone, source.folder or Path("runs"))
-    print(f"{len(backbone.state_dict())} tensors of {recipe.backbone} come from {source.name}; the rest is new.")
-    run = pretrain(recipe.with_(start=str(start)), out=out, processes=processes, precision=precision, seed=seed,
-                   workers=workers, resume=resume)
-    name = protocol if not changes else f"{protocol}, with {_said(changes)}"
-    row = result_row(source.name, recipe.data, name, {**kind.results(run.history("test")), "run": str(run.path)}, seed)
+    tensors, said = kind.starting_point(recipe, source.backbone(recipe.size))
+    start = _save_start(tensors, source.folder or Path("runs"))
+    print(f"Source {source.name}: {said}")
+    return pretrain(recipe.with_(start=str(start)), out=out, processes=processes, precision=precision, seed=seed,
+                    workers=workers, resume=resume)
+
+
+def write_row(run: Run, source: Source, protocol: str, **more: Any) -> dict:
+    """The row of a finished run of a protocol, written beside it and beside its source."""
+    numbers = methods.get(run.recipe.method).results(run.history("test"))
+    row = result_row(source.name, run.recipe.data, protocol, {**numbers, **more, "run": str(run.path)}, run.seed)
     for folder in {run.path, *([source.folder] if source.folder else [])}:
         append_jsonl(folder / "results.jsonl", row)
     return row
 
 
-def _save_start(backbone: nn.Module, folder: Path) -> Path:
-    """Its weights in a file whose name carries their checksum: the same backbone again is the same file."""
+def _save_start(tensors: Mapping[str, torch.Tensor], folder: Path) -> Path:
+    """They go into a file whose name carries their checksum: the same backbone again is the same file."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / ".start.draft"
-    save_file({k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}, draft)
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft)
     start = folder / f"start-{checksum(draft)}.safetensors"
     draft.replace(start)
     return start.resolve()
-
-
-def _said(changes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in changes.items())

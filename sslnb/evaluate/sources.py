@@ -49,14 +49,20 @@ class Subject:
         return self._cache[images]
 
 
-def open_source(source, seed: int) -> Source:
-    """A Run, the path of a run directory, or a timm name (weights drawn from `seed`)."""
+def open_source(source, seed: int, backbone: str | None = None, **numbers: object) -> Source:
+    """A Run, the path of a run directory, a file of weights, or a timm name (weights drawn from `seed`).
+
+    `backbone` is the timm name of a file's network, `numbers` are for its construction, such as sobel=True.
+    """
     from .. import backbones
 
+    if isinstance(source, str | Path) and Path(source).is_file():
+        return _from_file(Path(source), seed, backbone, numbers)
     if isinstance(source, str | Path):
         if not Path(source).is_dir():
             if isinstance(source, Path) or source.startswith((".", "/", "~")):
-                raise InputError(f"There is no run directory {str(source)!r}: give one that exists, or a timm name.")
+                raise InputError(f"There is no run directory or file {str(source)!r}: give one that exists, or a timm "
+                                 "name.")
             build = _seeded(seed, lambda size: backbones.build(source, size))
             return Source(f"{source} (untrained)", build, build, architecture=str(source))
         from ..run import Run
@@ -67,6 +73,21 @@ def open_source(source, seed: int) -> Source:
     return Source(Path(source.path).name, lambda size: source.backbone(),
                   _seeded(seed, lambda size: recipe.build().backbone), recipe.size, recipe.data, Path(source.path),
                   recipe.pool, recipe.backbone, recipe.backbone_numbers)
+
+
+def _from_file(file: Path, seed: int, backbone: str | None, numbers: Mapping[str, object]) -> Source:
+    from .. import backbones, zoo
+
+    if backbone is None:
+        raise InputError(f"{file} holds weights, but of which network? Give backbone, a timm name such as 'resnet50'.")
+
+    def trained(size: int) -> nn.Module:
+        model, match = zoo.load(file, backbone, size, **numbers)
+        print(f"{file.name}: {match}")
+        return model
+
+    fresh = _seeded(seed, lambda size: backbones.build(backbone, size, **numbers))
+    return Source(file.name, trained, fresh, architecture=backbone, numbers=numbers)
 
 
 def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: int,

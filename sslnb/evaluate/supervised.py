@@ -26,15 +26,17 @@ class Supervised(Protocol):
     def __init__(self, backbone: nn.Module, *, classes: int = 1000, start: str = "", pool: str = "model",
                  frozen: bool = True, head_std: float = 0.01, head_lr: float = 1.0, adapt_vectors: bool = False,
                  resize: float = MARGIN, interpolation: str = "bilinear", crop: tuple[float, float] = (0.08, 1.0),
-                 flip: float = 0.5, test_on: str = "test", test_every: int = 1):
+                 flip: float = 0.5, test_on: str = "test", test_every: int = 1, deterministic: bool = False):
         """`head_lr` times the learning rate is that of the head; `adapt_vectors`: LARS adapts biases too; `resize`:
-        short side of test images, in crops; `test_on`: "test", or "held out" to choose something."""
+        short side of test images, in crops; `test_on`: "test", or "held out" to choose something; `deterministic`:
+        cuDNN's algorithms that repeat themselves."""
         super().__init__(backbone, start, test_every)
         self.frozen, self.pool, self.test_on = frozen, pool, test_on
         self.head = nn.Linear(backbone.num_features, classes)
         nn.init.normal_(self.head.weight, std=head_std)
         nn.init.zeros_(self.head.bias)
         backbone.requires_grad_(not frozen)
+        self.sync_bn, self.deterministic = not frozen, deterministic
         self.head_lr, self.adapt_vectors = head_lr, adapt_vectors
         self.resize, self.interpolation, self.crop, self.flip = resize, interpolation, crop, flip
         self.labels: Tensor | None = None
@@ -56,10 +58,13 @@ class Supervised(Protocol):
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         (x,) = views
-        index = torch.arange(len(x)) if index is None else index.cpu()
-        labels = (self.labels[index] if self.labels is not None else index % self.head.out_features).to(x.device)
-        logits = self.logits(x)
+        labels, logits = self.labels_for(x, index), self.logits(x)
         return {"loss": self.loss(logits, labels), "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+    def labels_for(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """(B,) labels of the images in a batch; without a run, made-up ones."""
+        index = torch.arange(len(x)) if index is None else index.cpu()
+        return (self.labels[index] if self.labels is not None else index % self.head.out_features).to(x.device)
 
     def logits(self, x: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
@@ -96,6 +101,7 @@ class Supervised(Protocol):
 
     def before_train(self, run: Run) -> None:
         super().before_train(run)
+        torch.backends.cudnn.deterministic = self.deterministic
         self.labels = labels_of(run.recipe.load(), self.head.out_features)
 
     def test(self, run: Run) -> dict[str, float]:
