@@ -21,9 +21,9 @@ class Recipe:
     """What a run does. Lengths are in epochs; `batch` is per process; `lr` is the real learning rate, not a base.
 
     The learning rate rises linearly from `warmup_from` (a share of lr); `milestones` are the epochs at which schedule
-    "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch; with `cosine_from_start` the cosine
-    runs over all epochs, those of the warm-up included. With `steps` the run is that many optimizer steps long,
-    whatever its epochs, and `milestones` and `warmup_steps` are steps, as papers on detection count.
+    "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch after that; with `cosine_from_start`
+    the cosine runs over all epochs, those of the warm-up included. With `steps` the run is that many optimizer steps
+    long, whatever its epochs, and `milestones` and `warmup_steps` are steps, as papers on detection count.
     `fraction` keeps a part of every class of the training images (or those named in a file), see sslnb.load; of that
     `hold_out` takes a part away, which `load("held out")` gives: to choose something by instead of the test split.
     `numbers` are keyword arguments of the method's constructor (its own numbers and those of its views).
@@ -129,11 +129,12 @@ class Recipe:
         """The learning rate of an optimizer step, with `per_epoch` steps per epoch."""
         from . import optim
 
-        if self.lr_by_epoch:  # the official codes of MoCo and SimSiam set it once per epoch
+        warmup = self.warmup_steps or round(self.warmup_epochs * per_epoch)
+        if self.lr_by_epoch and step >= warmup:  # the official codes of MoCo and SimSiam set it once per epoch
             step -= step % per_epoch
         unit = 1 if self.steps else per_epoch
         return optim.lr_at(step, lr=self.lr, total=self.total_steps(per_epoch), min_lr=self.min_lr,
-                           schedule=self.schedule, warmup=self.warmup_steps or round(self.warmup_epochs * per_epoch),
+                           schedule=self.schedule, warmup=warmup,
                            warmup_from=self.warmup_from, milestones=tuple(m * unit for m in self.milestones),
                            gamma=self.gamma,
                            cosine_from_start=self.cosine_from_start)

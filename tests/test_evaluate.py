@@ -16,7 +16,7 @@ from torch import nn
 
 from sslnb import backbones
 from sslnb.errors import InputError
-from sslnb.evaluate import PROTOCOLS, Outcome, Subject, evaluate, finetune, interval, mean_interval, table
+from sslnb.evaluate import PROTOCOLS, Outcome, Subject, evaluate, few_labels, interval, mean_interval, table
 from sslnb.evaluate.collapse import alignment, diagnose, effective_rank, feature_std, panel, uniformity
 from sslnb.evaluate.features import calibrated, extract, raw_pixels, to_batch
 from sslnb.evaluate.knn import knn_grid, weighted_knn
@@ -722,19 +722,19 @@ def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes)
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     subject = Subject("mini", backbone, 16)
     torch.manual_seed(5)
-    predictions, labels, more = finetune.few_labels(subject, train, test, seed=0)
+    predictions, labels, more = few_labels.few_labels(subject, train, test, seed=0)
     assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(5)), "the caller's random state moved"
-    assert labels.tolist() == test.labels.tolist() and more["labels"] == 30 and more["lr"] in finetune.LRS
+    assert labels.tolist() == test.labels.tolist() and more["labels"] == 30 and more["lr"] in few_labels.LRS
     assert (predictions == labels).float().mean() > 0.8
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
-    again, _, _ = finetune.few_labels(subject, train, test, seed=0)
+    again, _, _ = few_labels.few_labels(subject, train, test, seed=0)
     assert torch.equal(again, predictions)
 
 
 def test_the_rate_that_learns_is_the_one_that_is_taken(stripes, monkeypatch):
-    monkeypatch.setattr(finetune, "LRS", (1e-7, 1e-3))
+    monkeypatch.setattr(few_labels, "LRS", (1e-7, 1e-3))
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
-    predictions, labels, more = finetune.few_labels(subject, stripes(75), stripes(60), seed=0)
+    predictions, labels, more = few_labels.few_labels(subject, stripes(75), stripes(60), seed=0)
     assert more["lr"] == 1e-3 and (predictions == labels).float().mean() > 0.8
 
 
@@ -742,7 +742,7 @@ def test_too_few_images_of_a_class_are_named(stripes):
     images = stripes(45)
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
     with pytest.raises(InputError, match="Class 0 of stripes has 15 training images, .* needs 20"):
-        finetune.few_labels(subject, images, images, seed=0)
+        few_labels.few_labels(subject, images, images, seed=0)
 
 
 def test_raw_pixels_have_nothing_to_tune():

@@ -1,0 +1,87 @@
+"""Fine-tuning the whole network on a few labels, beside training from scratch with the same labels and budget.
+
+Small and quick, for images that fit into memory: AdamW, cosine, no augmentation. Not a published protocol. The random
+initialisation of the same network goes through the same function, and that is training from scratch.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backbones import features
+from ..errors import InputError
+from ..views import IMAGENET_MEAN, IMAGENET_STD
+from .features import _eval_mode
+from .pixels import normalise, read
+
+LABELS = 10  # per class
+LRS = (3e-4, 1e-3, 3e-3)
+STEPS, BATCH, WEIGHT_DECAY = 200, 50, 0.05
+
+
+def few_labels(subject, train, test, seed: int) -> tuple[Tensor, Tensor, dict]:
+    """Fine-tune on LABELS training images per class; the rate is chosen on as many others of TRAIN, never on test.
+
+    -> predictions and labels of the test images, both (M,), and {"lr": the chosen rate, "labels": how many there were}.
+    Errors: InputError if a class has fewer than 2 * LABELS training images.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.as_tensor(train.labels)
+    fit, held = [], []
+    for c in labels.unique():
+        rows = (labels == c).nonzero()[:, 0]
+        if len(rows) < 2 * LABELS:
+            raise InputError(f"Class {int(c)} of {train.name} has {len(rows)} training images, and fine-tuning on "
+                             f"{LABELS} labels per class needs {2 * LABELS}: half of them choose the learning rate.")
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        fit.append(rows[:LABELS])
+        held.append(rows[LABELS:2 * LABELS])
+    (x, y), (x_held, y_held) = (_pixels(subject, train, torch.cat(r).tolist()) for r in (fit, held))
+    tuned = [_fit(subject, x, y, lr, seed) for lr in LRS]
+    right = [int((_predict(model, subject, x_held) == y_held).sum()) for model in tuned]
+    best = right.index(max(right))
+    x_test, y_test = _pixels(subject, test, list(range(len(test))))
+    return _predict(tuned[best], subject, x_test), y_test, {"lr": LRS[best], "labels": len(y)}
+
+
+class _Classifier(nn.Module):
+    def __init__(self, backbone: nn.Module, pool: str, classes: int):
+        super().__init__()
+        self.backbone, self.pool = backbone, pool
+        self.head = nn.Linear(backbone.num_features, classes)
+        nn.init.zeros_(self.head.weight), nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(features(self.backbone, normalise(x, IMAGENET_MEAN, IMAGENET_STD), self.pool))
+
+
+def _fit(subject, x: Tensor, y: Tensor, lr: float, seed: int) -> nn.Module:
+    """x: uint8 (N, 3, h, w), y (N,). The random state of the caller stays as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _Classifier(copy.deepcopy(subject.backbone), subject.pool, 1 + int(y.max())).to(subject.device)
+        model.requires_grad_(True).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY)
+        rows = torch.cat([torch.randperm(len(y)) for _ in range(math.ceil(STEPS * BATCH / len(y)))])
+        for step, chosen in enumerate(rows[:STEPS * BATCH].split(BATCH)):
+            warm = min(1.0, (step + 1) / (0.1 * STEPS))
+            optimizer.param_groups[0]["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+            loss = F.cross_entropy(model(x[chosen].to(subject.device)), y[chosen].to(subject.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model
+
+
+def _predict(model: nn.Module, subject, x: Tensor) -> Tensor:
+    with torch.no_grad(), _eval_mode(model):
+        return torch.cat([model(part.to(subject.device)).argmax(1).cpu() for part in x.split(500)])
+
+
+def _pixels(subject, images, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """uint8 (n, 3, size, size) and labels (n,) of the images that can be read."""
+    pixels, kept, _ = read(images, rows, subject.size)
+    return pixels, torch.as_tensor(images.labels)[kept]
