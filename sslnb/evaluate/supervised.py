@@ -144,6 +144,13 @@ class Supervised(Protocol):
         return {**accuracy(last["correct"], last["n"]), "top5": last["top5"], "best": max(t["top1"] for t in tests)}
 
 
+@torch.no_grad()
+def answers(run: Run) -> tuple[Tensor, Tensor]:
+    """True and predicted classes of the test images of a finished run, both (N,) on the CPU, without broken images."""
+    logits, labels = zip(*run.method().tested(run), strict=True)
+    return torch.cat(labels), torch.cat(logits).argmax(1)
+
+
 def labels_of(images, classes: int) -> Tensor:
     """(N,) labels from 0. Errors: InputError if there are none, or more classes than the head has."""
     if images.labels is None or (torch.as_tensor(images.labels) < 0).any():
