@@ -15,7 +15,7 @@ from .errors import InputError, unknown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
-NAMES = [*EMBEDDED, *DOWNLOADS, "imagenet", "imagenet100"]
+NAMES = [*EMBEDDED, "clothes_in_photos", *DOWNLOADS, "imagenet", "imagenet100"]
 HELD_OUT = 0.1
 
 
@@ -75,6 +75,8 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     if name == "imagenet100" and classes is None:
         raise InputError("imagenet100 needs classes=FILE, its class folders one per line: we ship none.")
     images = _find(name, split, root, seed)
+    if classes is not None and images.labels is None:
+        raise InputError(f"{images.name} has no labels of whole images, by which classes={classes} could keep some.")
     if classes is not None:
         images = _only_classes(images, Path(classes))
     if fraction is None:
@@ -116,6 +118,9 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
         return Images(name, split, pixels, labels=labels, classes=classes)
     if name in DOWNLOADS:
         return _downloaded(name, split, Path(root or os.environ.get("SSLNB_DATA", "data")).expanduser())
+    from . import boxes
+    if (found := boxes.find(name, split)) is not None:
+        return found
     if name in NAMES:
         folder = Path(root or os.environ.get("IMAGENET", "data/imagenet")).expanduser()
         return _split_folder(folder, split, name)

@@ -17,6 +17,7 @@ from ..errors import InputError, unknown
 from ..reading import loader_workers
 from ..run import append_jsonl
 from . import few_labels
+from .detection import DETECTION
 from .finetune import FINETUNE
 from .knn import KS, knn_grid
 from .linear import LINEAR, linear_probe
@@ -70,7 +71,7 @@ def _few_labels(subject: Subject, train, test, seed: int) -> Outcome | None:
 
 
 PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _linear, "few_labels": _few_labels}
-RECIPES = {**LINEAR, **SEMI, **FINETUNE, **MULTIHEAD}  # of protocols that train, for protocol.train_protocol
+RECIPES = {**LINEAR, **SEMI, **FINETUNE, **MULTIHEAD, **DETECTION}  # of protocols that train
 
 
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,
