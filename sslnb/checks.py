@@ -66,7 +66,7 @@ def _default_out(settings: dict) -> Path:
     """runs/byol-digits_scattered-… with a hash of all settings: the same command finds the same directory."""
     r = settings["recipe"]
     tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-    name = f"{Path(r['method']).stem}-{Path(r['data']).stem}-ep{r['epochs']}-seed{settings['seed']}-{tag}"
+    name = f"{r['method'].rpartition(':')[2]}-{Path(r['data']).stem}-ep{r['epochs']}-seed{settings['seed']}-{tag}"
     return Path("runs") / name
 
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sslnb import Run, data, methods, pretrain
@@ -187,3 +188,50 @@ def test_without_labels_nothing_is_written(source, tmp_path):
 def test_accuracy_is_counted_without_touching_the_mode():
     method = Supervised(methods.recipes("simclr")["demo"].build().backbone, classes=10)
     assert method.train().training and not method.backbone.training
+
+
+# ---------------------------------------------------------------- the baseline, and sources that are files
+
+
+def test_fresh_weights_go_through_the_same_protocol_with_statistics_of_the_data(source, tmp_path):
+    """Mean 0 and variance 1, which a fresh batch norm believes in, would make any trained network look good."""
+    row = train_protocol(source, "linear_demo", out=tmp_path / "run", fresh=True, epochs=1)
+    start = Run.open(tmp_path / "run").method().backbone
+    assert row["source"] == "random initialisation" and row["protocol"] == "linear_demo, with epochs 1"
+    assert not torch.equal(start.bn1.running_mean, torch.zeros_like(start.bn1.running_mean))
+    assert not torch.equal(start.conv1[0].weight, source.backbone().conv1[0].weight)
+    scratch = train_protocol(source, "linear_demo", out=tmp_path / "all", fresh=True, epochs=1, frozen=False)
+    begun = load_file(Run.open(scratch["run"]).recipe.numbers["start"])
+    assert torch.equal(begun["bn1.running_mean"], torch.zeros(32)), "what learns estimates its own"
+
+
+def test_a_file_of_weights_is_a_source_and_says_what_it_fills(source, tmp_path, capsys):
+    state = {f"module.encoder_q.{k}": v for k, v in source.backbone().state_dict().items()}
+    state |= {"module.encoder_q.fc.0.weight": torch.ones(3, 3), "module.queue": torch.ones(2)}
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "official.pth.tar")
+    row = train_protocol(tmp_path / "official.pth.tar", "linear_demo", "digits_scattered", tmp_path / "run", size=20,
+                         backbone="resnet_mini", epochs=1)
+    printed = capsys.readouterr().out
+    assert "48 tensors of the backbone come from the file, whose names begin with 'module.encoder_q.'" in printed
+    assert "2 not used of the file: module.encoder_q.fc.0.weight, module.queue" in printed
+    again = train_protocol(source, "linear_demo", out=tmp_path / "same", epochs=1)
+    assert row["top1"] == again["top1"] and row["source"] == "official.pth.tar"
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("conv1.0.weight"), r"does not fill resnet_mini: 1 of 48 tensors are missing, such as conv1.0"),
+    (lambda s: s.update({"conv1.0.weight": torch.ones(16, 2, 3, 3)}), r"conv1.0.weight is \(16, 2, 3, 3\) in the file"),
+])
+def test_a_file_that_is_not_the_whole_network_is_refused(source, tmp_path, change, words):
+    state = dict(source.backbone().state_dict())
+    change(state)
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(InputError, match=words):
+        train_protocol(tmp_path / "part.pth", "linear_demo", backbone="resnet_mini", size=20, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_without_the_name_of_its_network_is_refused(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "file.pth")
+    with pytest.raises(InputError, match="of which network"):
+        train_protocol(tmp_path / "file.pth", "linear_demo")

@@ -145,6 +145,9 @@ _probe = Recipe(
 )
 
 LINEAR = {
+    "linear_demo": _probe.with_(
+        backbone="resnet_mini", size=20, data="digits_scattered", gpus=1, batch=64, epochs=20, lr=1.0, crop=(0.7, 1.0),
+        flip=0.0, source="ours", note="Digits must not be mirrored, and half a digit may be another one."),
     "linear_moco": _probe.with_(
         lr=30.0, schedule="step", milestones=(60, 80),
         note="lr 30 is for 256 images as it stands and is not scaled. 76.17, which stands for the supervised ResNet-50 "

@@ -19,8 +19,9 @@ from ..methods.base import Method
 from ..parts import world
 from ..recipes import Recipe
 from ..run import Run, append_jsonl, checksum
+from .features import calibrated
 from .results import result_row
-from .sources import Source, open_source
+from .sources import Source, open_source, switched_on
 
 
 class Protocol(Method):
@@ -50,6 +51,11 @@ class Protocol(Method):
         size = size or (source.size if source.folder else recipe.size) or recipe.size
         return recipe.with_(backbone=source.architecture, backbone_numbers=dict(source.numbers), size=size,
                             pool=source.pool)
+
+    @classmethod
+    def frozen_in(cls, recipe: Recipe) -> bool:
+        """Whether the backbone stays as it is: then one with fresh weights needs batch-norm statistics of the data."""
+        return False
 
     @classmethod
     def starting_point(cls, recipe: Recipe, backbone: nn.Module) -> tuple[dict[str, torch.Tensor], str]:
@@ -86,15 +92,18 @@ class Protocol(Method):
 
 
 def train_protocol(source, protocol: str, data: str | Path | None = None, out: str | Path = "auto", *,
-                   recipe: Recipe | None = None, backbone: str | None = None, seed: int = 0, **settings: Any) -> dict:
+                   recipe: Recipe | None = None, backbone: str | None = None, fresh: bool = False, seed: int = 0,
+                   **settings: Any) -> dict:
     """Train a protocol from the backbone of `source` and return its row, which is written down too.
 
     `source`: a Run, the path of a run directory, a file of weights (of `backbone`), or a timm name (weights drawn from
-    `seed`). `protocol`: a name in `RECIPES` of sslnb.evaluate, or any name, with a `recipe` of your own. `settings`: as
-    in `train_from`; what changes the recipe makes another protocol of it, and the row says so. The row goes to
-    results.jsonl of the source and of the protocol's run. Errors: InputError before any work.
+    `seed`); `fresh` takes the source's network with fresh weights instead, the baseline. `protocol`: a name in
+    `RECIPES` of sslnb.evaluate, or any name, with a `recipe` of your own. `settings`: as in `train_from`; what changes
+    the recipe makes another protocol of it, and the row says so. The row goes to results.jsonl of the source and of the
+    protocol's run. Errors: InputError before any work.
     """
     source = open_source(source, seed, backbone)
+    source = source.untrained() if fresh else source
     run = train_from(source, recipe or find(protocol), data, out, seed=seed, **settings)
     return write_row(run, source, named(protocol, settings))
 
@@ -129,7 +138,10 @@ def train_from(source: Source, recipe: Recipe, data: str | Path | None = None, o
     kind = methods.get(recipe.method)
     recipe = kind.on_source(recipe, source, size).with_(data=str(data or source.data or recipe.data)).with_(**changes)
     recipe = kind.fitted(recipe)
-    tensors, said = kind.starting_point(recipe, source.backbone(recipe.size))
+    network = source.backbone(recipe.size)
+    if source.fresh_weights and kind.frozen_in(recipe):
+        network = calibrated(switched_on(network), recipe.load(), size=recipe.size)
+    tensors, said = kind.starting_point(recipe, network)
     start = _save_start(tensors, source.folder or Path("runs"))
     print(f"Source {source.name}: {said}")
     return pretrain(recipe.with_(start=str(start)), out=out, processes=processes, precision=precision, seed=seed,

@@ -38,17 +38,20 @@ SEMI = {
 
 def semi_supervised(source, protocol: str = "semi_1", data: str | Path | None = None, out: str | Path = "auto", *,
                     lrs: Sequence[float] = LRS, head_lrs: Sequence[float] = HEAD_LRS, hold_out: float = HOLD_OUT,
-                    fraction: float | str | None = None, backbone: str | None = None, seed: int = 0,
+                    fraction: float | str | None = None, backbone: str | None = None, fresh: bool = False,
+                    seed: int = 0,
                     **settings: Any) -> dict:
     """Choose among the settings on held-out labelled images, train the best on all, test once; the row, with all nine.
 
     `fraction`: of the labels, or a file that lists images (`n01440764_10026.JPEG` per line), as the published splits
-    are. `out`: run directory of the chosen setting, those of the others lie in it. `settings` go to `train_protocol`:
-    processes, seed, epochs … Errors: InputError before any work.
+    are. `fresh`: the network with fresh weights, which is training from scratch. `out`: run directory of the chosen
+    setting, those of the others lie in it. `settings` go to `train_from`: processes, epochs …
+    Errors: InputError before any work.
     """
     if fraction is not None:
         settings["fraction"] = fraction if isinstance(fraction, float) else str(fraction)
     source, recipe = open_source(source, seed, backbone), find(protocol)
+    source = source.untrained() if fresh else source
     found = []
     for lr in lrs:
         for head_lr in head_lrs:

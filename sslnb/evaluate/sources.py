@@ -1,7 +1,7 @@
 """What can be evaluated: a run, the path of one, a timm name; and the rows that stand beside it."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,11 @@ class Source:
     pool: str = "model"
     architecture: str = ""  # for backbones.build, with these arguments
     numbers: Mapping[str, object] = field(default_factory=dict)
+    fresh_weights: bool = False  # nothing was learned yet
+
+    def untrained(self) -> "Source":
+        """The same network with fresh weights: the baseline of everything that is claimed for the source."""
+        return replace(self, name="random initialisation", backbone=self.fresh, fresh_weights=True)
 
 
 @dataclass
@@ -64,7 +69,7 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
                 raise InputError(f"There is no run directory or file {str(source)!r}: give one that exists, or a timm "
                                  "name.")
             build = _seeded(seed, lambda size: backbones.build(source, size))
-            return Source(f"{source} (untrained)", build, build, architecture=str(source))
+            return Source(f"{source} (untrained)", build, build, architecture=str(source), fresh_weights=True)
         from ..run import Run
 
         source = Run.open(source)

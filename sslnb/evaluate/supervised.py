@@ -91,6 +91,10 @@ class Supervised(Protocol):
     # ------------------------------------------------------------ what a protocol adds
 
     @classmethod
+    def frozen_in(cls, recipe: Recipe) -> bool:
+        return recipe.numbers.get("frozen", True)
+
+    @classmethod
     def fitted(cls, recipe: Recipe) -> Recipe:
         """With as many classes as the data have, and the pool of the source's features."""
         classes = len(recipe.load().classes)

@@ -32,7 +32,8 @@ def against(values: Mapping[str, Mapping[float, float | Mapping]], xlabel: str, 
 
 def class_gain(truth: Tensor, guess: Tensor, rival: Tensor, classes: Sequence[str], title: str = "") -> Figure:
     """Of each class, how much more is recognised by `guess` than by `rival`, in points; all (N,)."""
-    recall = [torch.stack([(g == truth)[truth == c].float().mean() for c in range(len(classes))]) for g in (guess, rival)]
+    recall = [torch.stack([(g == truth)[truth == c].float().mean() for c in range(len(classes))])
+              for g in (guess, rival)]
     gain = (100 * (recall[0] - recall[1])).numpy()
     order = np.argsort(gain)
     fig, ((ax,),) = panels(1, 1, 6.5, 0.26 * len(classes) + 0.9, title)
