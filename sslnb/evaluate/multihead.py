@@ -72,8 +72,9 @@ def pooling(level: int, side: int, mode: str = "auto") -> nn.Module:
 
 
 @torch.no_grad()
-def pools(resnet: nn.Module, mode: str = "auto") -> tuple[list[nn.Module], list[tuple[int, int, int]]]:
-    """The poolings of all maps of a backbone and the shapes (C, h, w) that they give.
+def pools(resnet: nn.Module, mode: str = "auto", size: int = 0) -> tuple[list[nn.Module], list[tuple[int, int, int]]]:
+    """The poolings of all maps of a backbone and the shapes (C, h, w) that they give, for images of `size` pixels (0:
+    those it was built for).
 
     Errors: InputError for a backbone without stages, and for one that takes two channels without a Sobel filter.
     """
@@ -84,7 +85,7 @@ def pools(resnet: nn.Module, mode: str = "auto") -> tuple[list[nn.Module], list[
     if first.in_channels != 3 and not resnet.conv1._forward_pre_hooks:
         raise InputError(f"The first convolution of this backbone takes {first.in_channels} channels instead of 3: its "
                          "weights come from a run on Sobel-filtered images; build it with sobel=True.")
-    size, training, weight = backbones.image_size(resnet), resnet.training, first.weight
+    size, training, weight = size or backbones.image_size(resnet), resnet.training, first.weight
     found = maps(resnet.eval(), torch.zeros(1, 3, size, size, device=weight.device, dtype=weight.dtype))
     resnet.train(training)
     made = [pooling(level, x.shape[-1], mode) for level, x in enumerate(found)]
@@ -147,8 +148,7 @@ class RandomCrop(ImageOp):
 
 
 class MultiHead(Supervised):
-    accumulable = False  # the batch norm of the classifiers sees the batch
-    sync_bn = True  # of all processes
+    accumulable = False  # the batch norm of the classifiers sees the batch, that of all processes
 
     def __init__(self, backbone: nn.Module, *, classes: int = 1000, start: str = "", pooling: str = "auto",
                  square: bool = False, crop: tuple[float, float] = (0.08, 1.0), flip: float = 0.5, jitter: float = 0.0,
@@ -157,7 +157,7 @@ class MultiHead(Supervised):
         shares `crop` of it; `jitter`: of brightness, contrast and saturation; `lighting`: the std of Lighting."""
         super().__init__(backbone, classes=classes, start=start, crop=crop, flip=flip, test_on=test_on,
                          test_every=test_every)
-        self.head = Levels(backbone, classes, pooling)
+        self.sync_bn, self.head = True, Levels(backbone, classes, pooling)
         self.square, self.jitter, self.lighting = square, jitter, lighting
 
     def views(self, size: int) -> Views:
