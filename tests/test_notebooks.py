@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import statistics
 import subprocess
@@ -20,6 +21,7 @@ from sslnb.notebook import declared
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if path.stem in METHODS]
+EXAMS = [path for path in NOTEBOOKS if path.stem.startswith("eval_")]
 SHARED = ["data", "recipe", "epochs", "batch", "lr", "precision", "processes", "workers", "seed", "out", "resume"]
 SECTIONS = ["parameters", "recipe", "view", "step by step", "train", "learning|curve|collaps", "look", "evaluat",
             "break", "scale", "exercise"]
@@ -197,12 +199,16 @@ def printed(book):
 def test_a_notebook_runs_headless_with_pictures_instead_of_widgets(path, tmp_path):
     book = execute(path, tmp_path, **short(path), out=str(tmp_path / "run"))
     assert {cell.metadata.papermill.status for cell in book.cells if cell.cell_type == "code"} == {"completed"}
-    assert "\nstatus     done at step" in printed(book) and "\nhardware   " in printed(book)
     kinds = [kind for output in outputs(book) for kind in output.get("data", {})]
     assert kinds.count("image/png") >= 3 and not [kind for kind in kinds if "widget" in kind]
     assert not [output for output in outputs(book) if output.get("name") == "stderr" and "Error" in output.text]
-    assert (tmp_path / "run" / "backbone.safetensors").exists()
     assert len(outputs(book)) < 100  # text lines are throttled
+    if path in EXAMS:
+        rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+        assert rows and all(row["protocol"] and row["source"] and row["versions"] for row in rows)
+    else:
+        assert "\nstatus     done at step" in printed(book) and "\nhardware   " in printed(book)
+        assert (tmp_path / "run" / "backbone.safetensors").exists()
 
 
 @pytest.mark.notebook
