@@ -1,5 +1,6 @@
 """PASCAL VOC 2007 for classification: which classes an image shows, and the frozen features of its images."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,12 @@ def voc_features(source, data: str | Path, *, kind: str = "trained", size: int |
     size = size or source.size or LARGEST_SIZE
     found = {split: voc_classes(data, split, classes) for split in ("train", "test")}
     images, names = {split: rows[0] for split, rows in found.items()}, found["train"][2]
+    for part in images.values():
+        there = set(os.listdir(part.root)) if part.root.is_dir() else set()
+        missing = [i for i in range(len(part)) if os.path.basename(part.where(i)) not in there]
+        if missing:
+            raise InputError(f"{len(missing)} images of the lists are not in {part.root}, first "
+                             f"{os.path.basename(part.where(missing[0]))}: every image must be there.")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "raw pixels":
         levels = {"pixels": {split: raw_pixels(part, size).x.numpy() for split, part in images.items()}}
