@@ -226,7 +226,7 @@ class Detector(Protocol):
         sampler.set_position(-2)  # an epoch that training never has
         views = self.views(run.recipe.size)
         self.train()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(run.seed * 1009 + rank)
             for n, (crops, index, seeds, _) in enumerate(self._loader(run, self.images, batch_sampler=sampler)):
                 if n == self.precise_batches:

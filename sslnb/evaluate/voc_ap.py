@@ -105,7 +105,10 @@ def claims(images: Boxes, detections: Sequence[dict]) -> list[Claims]:
 
 def voc_ap(images: Boxes, detections: Sequence[dict], seed: int = 0) -> dict:
     """ap50, ap, ap75 in %, those of `classes` at 0.5, and a 95 % interval of ap50: over draws of the test images, for
-    the test set is finite; it knows nothing of training seeds. A class without objects does not count."""
+    the test set is finite; it knows nothing of training seeds. A class without objects does not count.
+    Errors: InputError if there is nothing to find."""
+    if images.everything.special.all():
+        raise InputError(f"{images.name} ({images.split}) has no object that a detector should find.")
     eleven, every = images.rule == "voc 11 points", claims(images, detections)
 
     def mean(threshold: float, times: np.ndarray | None = None) -> list[float]:
