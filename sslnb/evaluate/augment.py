@@ -50,12 +50,23 @@ class RandAugment(ImageOp):
 
         grey = tuple(round(255 * m) for m in IMAGENET_MEAN)  # what turning and shifting leave empty
         # "inc1": the set in which a larger magnitude is a stronger change for every operation.
-        return rand_augment_transform(f"rand-m{self.magnitude}-n{self.ops}-mstd{self.std}-inc1",
-                                      {"img_mean": grey, "interpolation": Image.Resampling[self.interpolation.upper()]})
+        transform = rand_augment_transform(
+            f"rand-m{self.magnitude}-n{self.ops}-mstd{self.std}-inc1",
+            {"img_mean": grey, "interpolation": Image.Resampling[self.interpolation.upper()]})
+        for op in transform.ops:
+            if op.name == "PosterizeIncreasing":
+                op.aug_fn = _posterize
+        return transform
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         with seeded(rng.getrandbits(32)):
             return self.of_timm(image)
+
+
+def _posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """Only the first `bits` of every value. At full strength none is left, and today's Pillow refuses what the runs of
+    the papers had there: a black image."""
+    return image.point(lambda value: value & ~(2 ** (8 - bits) - 1) & 255)
 
 
 @dataclass(frozen=True)

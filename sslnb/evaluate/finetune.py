@@ -231,7 +231,7 @@ _swin = _vit.with_(
 FINETUNE = {
     "finetune_demo": _vit.with_(
         backbone="resnet_mini", backbone_numbers={}, size=20, data="digits_scattered", gpus=1, batch=64, epochs=20,
-        warmup_epochs=2, warmup_from=0.0, lr=2e-3, clip=0.0, precision="fp32", source="ours", layer_decay=0.75,
+        warmup_epochs=2, warmup_from=0.0, lr=5e-3, clip=0.0, precision="fp32", source="ours", layer_decay=0.75,
         rand_ops=0, erase=0.0, flip=0.0, crop=(0.5, 1.0), mixup=0.0, cutmix=0.0, head_std=0.01),
     "finetune_rsb_a3": _rsb,
     "finetune_rsb_a2": _rsb.with_(
