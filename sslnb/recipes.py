@@ -147,7 +147,8 @@ class Recipe:
     def with_(self, **changes: Any) -> "Recipe":
         """A copy with some values changed: fields by name, and numbers of the method by name.
 
-        Another `backbone` drops `backbone_numbers` that are not given anew: they were the old one's.
+        Milestones move with another length. Another `backbone` drops `backbone_numbers` that are not given anew: they
+        were the old one's.
         """
         fields = {f.name for f in dataclasses.fields(self)}
         own = {k: v for k, v in changes.items() if k in fields}
@@ -160,7 +161,11 @@ class Recipe:
             own["numbers"] = {**self.numbers, **own.get("numbers", {}), **numbers}
         if self.steps and "epochs" in own and "steps" not in own:
             raise InputError(f"epochs {own['epochs']!r} does not shorten this recipe, which is {self.steps:,} "
-                             "optimizer steps long; change steps, and milestones with it.")
+                             "optimizer steps long; give steps instead.")
+        length = "steps" if self.steps else "epochs"
+        if self.milestones and length in own:  # a longer or shorter schedule keeps its shape
+            scale = own[length] / getattr(self, length)
+            own.setdefault("milestones", tuple(round(m * scale) for m in self.milestones))
         if own.get("backbone", self.backbone) != self.backbone:
             own.setdefault("backbone_numbers", {})
         return dataclasses.replace(self, **own)

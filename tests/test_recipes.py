@@ -189,3 +189,12 @@ def test_what_is_held_out_is_not_trained_on():
     assert len(tenth.load()) + len(tenth.load("held out")) == pytest.approx(130, abs=3)
     with pytest.raises(InputError, match="A part of 1.5 cannot be held out"):
         recipe.with_(hold_out=1.5).load()
+
+
+def test_another_length_keeps_the_shape_of_the_steps():
+    r = Recipe(method="simclr", backbone="resnet50", size=224, data="imagenet", epochs=200, batch=32, schedule="step",
+               milestones=(120, 160))
+    assert r.with_(epochs=300).milestones == (180, 240) and r.with_(epochs=300, milestones=(5,)).milestones == (5,)
+    assert r.with_(lr=1.0).milestones == (120, 160)
+    counted = r.with_(steps=1000, milestones=(600, 800))
+    assert counted.with_(steps=10).milestones == (6, 8)

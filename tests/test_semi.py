@@ -34,9 +34,9 @@ def test_the_recipes_are_the_zoos(name, decay, fraction):
     assert LRS == (0.001, 0.01, 0.1) and HEAD_LRS == (1, 10, 100)
     with torch.device("meta"):
         method = r.build().train()
-    assert all(p.requires_grad for p in method.parameters()) and method.sync_bn and method.deterministic
-    assert all(m.training for m in method.backbone.modules())
         backbone, head = r.with_(head_lr=100.0).build().param_groups(r)
+    assert all(m.training for m in method.backbone.modules())
+    assert all(p.requires_grad for p in method.parameters()) and method.sync_bn and method.deterministic
     assert head["lr_scale"] == 100 and "lr_scale" not in backbone and backbone["weight_decay"] == decay
 
 
