@@ -79,7 +79,7 @@ def svm(source, data: str | Path | None = None, *, costs: Sequence[float] = COST
         jobs: int = 1, seed: int = 0, out: str | Path | None = None, **features) -> dict:
     """All labels; C is chosen per class by cross-validation on trainval. Returns a row, and writes it down.
 
-    `source`: a Run, the path of a run directory, or a timm name; or VocFeatures, without `data`. `features` goes to
+    `source`: as in train_protocol, or VocFeatures, without `data`. `features` goes to
     voc_features. Images that are difficult to see train as negatives, as in the published code, and do not count in
     the test. `jobs` processes work at a time, each on about 1 GB at VOC's size. Average precisions are in %; `mAP` is
     that of the best level, on the test images as published; `chosen` is the level that cross-validation prefers.

@@ -171,9 +171,7 @@ class MultiHead(Supervised):
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         (x,) = views
-        index = torch.arange(len(x)) if index is None else index.cpu()
-        labels = (self.labels[index] if self.labels is not None else index % self.head.out_features).to(x.device)
-        logits = self.logits(x)
+        labels, logits = self.labels_for(x, index), self.logits(x)
         right = (logits.argmax(1) == labels[:, None]).float().mean(0)
         return {"loss": self.loss(logits, labels), **{f"feat{i}": share for i, share in enumerate(right, 1)}}
 

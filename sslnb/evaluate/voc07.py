@@ -143,13 +143,14 @@ class Squash(ImageOp):
 
 
 def voc_features(source, data: str | Path, *, kind: str = "trained", size: int | None = None,
-                 classes: Sequence[str] | None = None, batch: int = 64, device: str = "auto",
-                 workers: int | str = "auto", seed: int = 0) -> VocFeatures:
-    """The pooled maps of all images. `kind`: the source as it is "trained", or its "random initialisation", or "raw
-    pixels" of the same images. Errors: InputError for missing lists and images."""
+                 backbone: str | None = None, classes: Sequence[str] | None = None, batch: int = 64,
+                 device: str = "auto", workers: int | str = "auto", seed: int = 0) -> VocFeatures:
+    """The pooled maps of all images. `source` and `backbone` are as in train_protocol; `kind`: the source as it is
+    "trained", its "random initialisation", or "raw pixels" of the same images. Errors: InputError for missing lists and
+    images."""
     if kind not in KINDS:
         unknown("kind of features", kind, KINDS)
-    source = open_source(source, seed)
+    source = open_source(source, seed, backbone)
     size = size or source.size or LARGEST_SIZE
     found = {split: voc_classes(data, split, classes) for split in ("train", "test")}
     images, names = {split: rows[0] for split, rows in found.items()}, found["train"][2]
@@ -163,9 +164,9 @@ def voc_features(source, data: str | Path, *, kind: str = "trained", size: int |
     if kind == "raw pixels":
         levels = {"pixels": {split: raw_pixels(part, size).x.numpy() for split, part in images.items()}}
     else:
-        backbone = source.backbone(size) if kind == "trained" else \
+        network = source.backbone(size) if kind == "trained" else \
             calibrated(switched_on(source.fresh(size)), images["train"], size=size, seed=seed)
-        rows = {split: _maps_of(backbone.to(device), part, size, batch, workers) for split, part in images.items()}
+        rows = {split: _maps_of(network.to(device), part, size, batch, workers) for split, part in images.items()}
         levels = {f"feat{i}": {split: rows[split][i - 1] for split in rows} for i in range(1, len(rows["test"]) + 1)}
     return VocFeatures(source.name if kind == "trained" else kind, str(data), names,
                        {split: rows[1] for split, rows in found.items()}, levels, source.folder, images)
