@@ -546,6 +546,29 @@ def test_what_does_not_fit_is_named(source, target, message):
         carried_over(state, backbones.build(target[0], 16, **target[1]), target[0])
 
 
+@pytest.mark.parametrize("method, row, protocol, new", [
+    ("mae", "vit_base_dec8_dim512_8xb128_accu4_cos_fp16_ep400", "mae", 2),
+    ("maskfeat", "vit_base_hog_108_sz224_8xb128_accu2_cos_fp16_ep300", "maskfeat", 2),
+    ("simmim", "vit_base_rgb_m_sz224_8xb128_accu2_step_fp16_ep800", "simmim_vit", 2),
+    ("simmim", "swin_base_sz192_8xb128_accu2_cos_ep100", "simmim_swin_192", 0),
+    ("cae", "vit_base_sz224_8xb64_accu4_cos_fp16_ep300", "cae", 14),
+    ("a2mim", "vit_base_l0_sz224_8xb128_accu2_step_ep800", "simmim_vit", 2),
+    ("a2mim", "r50_l3_sz224_init_8xb256_cos_ep300", "rsb_a3", 0)])
+def test_every_published_pretraining_fits_the_protocol_of_its_row(method, row, protocol, new):
+    """A2MIM's and SimMIM's transformers share one; CAE's 12 tables of relative positions are new, the rest fc_norm."""
+    pretraining = methods.recipes(method)[row]
+    source = SimpleNamespace(folder="runs/x", size=pretraining.size, architecture=pretraining.backbone,
+                             numbers=pretraining.backbone_numbers)
+    recipe = FineTune.on_source(FINETUNE[f"finetune_{protocol}"], source, None)
+    with torch.device("meta"):
+        state = backbones.build(pretraining.backbone, pretraining.size, **pretraining.backbone_numbers).state_dict()
+        target = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers)
+    carried, said = carried_over(state, target, recipe.backbone)
+    assert said.startswith(f"{len(carried) - new} of the {len(carried)} tensors") and "resampled" not in said
+    assert {k: v.shape for k, v in carried.items()} == {k: v.shape for k, v in target.state_dict().items()}
+    assert (getattr(target, "pos_embed", None) is not None) == ("pos_embed" in state)
+
+
 def test_layers_of_a_resnet_end_with_the_head():
     ids, last = layer_ids(backbones.build("resnet_mini", 20))
     assert ids["conv1.0.weight"] == 0 and max(ids.values()) == last - 1 == ids["layer2.0.conv1.weight"]
