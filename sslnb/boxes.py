@@ -160,10 +160,11 @@ def find(name: str | Path, split: str) -> Boxes | None:
     root = Path(name).expanduser()
     root = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
     if any(root.glob("VOC[0-9][0-9][0-9][0-9]")):
-        lists = sorted(root.glob(f"VOC[0-9]*/ImageSets/Main/{'trainval' if split == 'train' else 'test'}.txt"))
+        wanted = f"VOC*/ImageSets/Main/{'trainval' if split == 'train' else 'test'}.txt"
+        lists = sorted(root.glob(wanted))
         if not lists:
-            raise InputError(f"{root} has no list VOC*/ImageSets/Main/{'trainval' if split == 'train' else 'test'}.txt "
-                             f"for the split {split!r}; VOC's archives of training and test images are separate ones.")
+            raise InputError(f"{root} has no list {wanted} for the split {split!r}; VOC's archives of training and test "
+                             "images are separate ones.")
         lists = lists if split == "train" else lists[:1]  # of 2012 no test annotations were published
         found = _voc(root, str(name), split, tuple((file, file.stat().st_mtime_ns) for file in lists))
     elif any(root.glob("annotations/instances_*.json")):
@@ -193,7 +194,7 @@ def _voc(root: Path, name: str, split: str, lists: tuple) -> Boxes:
             rows += found
             counts.append(len(found))
     if not items:
-        raise InputError(f"{lists[0][0]} is empty; it should name an image in every line.")
+        raise InputError(f"The list {lists[0][0]} is empty.")
     values = np.array(rows, np.float64).reshape(-1, 6)
     boxes = values[:, :4] - [1, 1, 0, 0]  # VOC counts pixels from 1 and names the last one
     objects = Objects(boxes, values[:, 4].astype(np.int64), values[:, 5] > 0, np.prod(boxes[:, 2:] - boxes[:, :2], 1))
@@ -267,7 +268,6 @@ def write_voc(images: Boxes, folder: str | Path, year: int = 2007) -> Path:
     for i, name in enumerate(names):
         images[i].save(root / "JPEGImages" / f"{name}.jpg", quality=95)
         tree = ElementTree.Element("annotation")
-        ElementTree.SubElement(tree, "filename").text = f"{name}.jpg"
         size = ElementTree.SubElement(tree, "size")
         for tag, value in zip(("width", "height", "depth"), (*images.sizes[i], 3), strict=True):
             ElementTree.SubElement(size, tag).text = str(value)

@@ -16,7 +16,7 @@ from sslnb.errors import InputError
 from sslnb.evaluate import detector as rcnn
 from sslnb.evaluate import train_protocol
 from sslnb.evaluate.detection import DETECTION, Canvas, Detector, shrunk
-from sslnb.evaluate.voc_ap import THRESHOLDS, average_precision, claims, coco_ap, overlaps, voc_ap
+from sslnb.evaluate.voc_ap import THRESHOLDS, average_precision, claims, coco_ap, guesses, overlaps, voc_ap
 
 SMALL = {"steps": 4, "milestones": (3,), "batch": 4, "regions": 16, "precise_batches": 2, "above": 0.0, "most": 10}
 XML = """<annotation><size><width>{w}</width><height>{h}</height><depth>3</depth></size><object><name>{name}</name>
@@ -409,6 +409,28 @@ def test_detections_come_back_in_pixels_of_the_image(method):
         assert abs(mask.sum() - w * h / 4) < 0.04 * w * h
 
 
+def test_the_detector_answers_in_pixels_of_what_it_was_given(method):
+    class Half(nn.Module):  # always the left half of the enlarged image
+        def forward(self, maps, proposals, sizes, targets, last):
+            return [{"boxes": torch.tensor([[0.0, 0, w / 2, h]])} for h, w in sizes], {}
+
+    method.eval().model.heads = Half()
+    found = method.model(method.backbone, [torch.rand(3, 40, 60), torch.rand(3, 90, 30)])
+    assert found[0]["boxes"][0].tolist() == pytest.approx([0, 0, 30, 40], abs=1e-4)
+    assert found[1]["boxes"][0].tolist() == pytest.approx([0, 0, 15, 90], abs=1e-4)
+
+
+def test_guessed_boxes_are_inside_and_as_large_as_real_ones():
+    images, train = few("test", 5), few("train", 50)
+    found = guesses(images, train, each=7)
+    assert len(found) == 35 and voc_ap(images, found)["ap50"] < 5
+    sides = {tuple(b) for b in train.everything.boxes[:, 2:] - train.everything.boxes[:, :2]}
+    for d in found:
+        x, y, w, h = d["bbox"]
+        width, height = images.sizes[list(images.ids).index(d["image_id"])]
+        assert (w, h) in sides and x >= 0 and y >= 0 and x + w <= width and y + h <= height
+
+
 def test_a_mask_is_pasted_where_its_box_is():
     whole = rcnn.paste(torch.ones(14, 14), torch.tensor([2.0, 3.0, 6.0, 8.0]), 10, 12)
     wanted = torch.zeros(12, 10, dtype=torch.bool)
@@ -729,3 +751,32 @@ def test_sizes_that_the_annotation_gets_wrong_are_named(tmp_path):
         write_voc(images, tmp_path)
     with pytest.raises(InputError, match="000001.jpg is .* px, but its annotation says"):
         Detector.fitted(demo(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_demo_finds_what_neither_guessing_nor_the_untrained_detector_finds(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    images, test = data.load("clothes_in_photos"), data.load("clothes_in_photos", "test")
+    trained = [train_protocol("resnet_mini", "detect_demo", images.name, tmp_path / str(seed), seed=seed)["ap50"]
+               for seed in range(request.config.getoption("--seeds"))]
+    blank = DETECTION["detect_demo"].build().eval()
+    found = [d for i in range(len(test)) for d in blank.detect(test, i, blank.views(128)([test[i]])[0][0])]
+    chance, untrained = (voc_ap(test, d)["ap50"] for d in (guesses(test, images), found))
+    print(f"\nDEMO detection AP50 trained from fresh weights {[round(a, 1) for a in trained]}, "
+          f"untrained {untrained:.1f}, guessed {chance:.1f}")
+    assert min(trained) > 12 > 10 * max(chance, untrained, 0.1)
+
+
+@pytest.mark.distributed
+def test_two_processes_find_the_images_of_both(layouts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = train_protocol("resnet_mini", "small", layouts / "voc", tmp_path / "run", recipe=demo("", batch=8),
+                         processes=2)
+    run, images = Run.open(tmp_path / "run"), data.load(layouts / "voc", "test")
+    found = json.loads((run.path / "detections.json").read_text())
+    assert {d["image_id"] for d in found} == set(images.ids.tolist()) and run.recipe.gpus == 2 and run.recipe.batch == 4
+    assert row["ap50"] == voc_ap(images, found)["ap50"]
+    # Each process alone, with the weights that both have: the union of their shares is what one would find.
+    method = run.method()
+    alone = [d for i in range(len(images)) for d in method.detect(images, i, method.views(128)([images[i]])[0][0])]
+    assert sorted(d["score"] for d in alone) == pytest.approx(sorted(d["score"] for d in found), abs=1e-3)
