@@ -595,10 +595,23 @@ def test_the_source_gives_its_network_and_the_protocol_its_own_numbers():
     swin = SimpleNamespace(folder="runs/x", size=192, architecture="swin", numbers={"window_size": 6})
     r = FineTune.on_source(FINETUNE["finetune_simmim_swin_224"], swin, None)
     assert r.backbone_numbers["window_size"] == 7 and r.size == 224
+    assert not FineTune.frozen_in(DEMO), "fresh weights are trained from as they are drawn"
+
+
+def test_a_transformer_begins_with_the_mean_of_its_patches(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    row = train_protocol("vit_mini", "finetune_demo_vit", "digits_scattered", tmp_path / "run", steps=3)
+    run = Run.open(tmp_path / "run")
+    assert "new: fc_norm.bias, fc_norm.weight; left over: norm.bias, norm.weight." in capsys.readouterr().out
+    vit, x = run.method().backbone, torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        assert torch.allclose(run.method().logits(x),
+                              run.method().head(vit.fc_norm(vit.forward_features(x)[:, 1:].mean(1))), atol=1e-5)
+    assert row["source"] == "vit_mini (untrained)" and run.recipe.pool == "model" and row["n"] == 497
 
 
 def test_everything_moves_from_where_the_source_left_it(source, tmp_path, capsys):
-    row = train_protocol(source, "finetune_demo", out=tmp_path / "run", epochs=1, batch=64, mixup=0.8, cutmix=1.0,
+    row = train_protocol(source, "finetune_demo", out=tmp_path / "run", steps=20, mixup=0.8, cutmix=1.0,
                          ema=0.9, rand_ops=2, erase=0.25, repeats=3)
     said, run = capsys.readouterr().out, Run.open(tmp_path / "run")
     assert "48 of the 48 tensors of resnet_mini come from the source." in said
@@ -641,7 +654,7 @@ def start_of(source, folder):
 
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(source, tmp_path):
     """With all that draws or remembers: mixing, RandAugment, erasing, repeated views and the average."""
-    recipe = DEMO.with_(data="few_digits", epochs=2, batch=32, mixup=0.8, cutmix=1.0, ema=0.9, ema_ramp=1, rand_ops=2,
+    recipe = DEMO.with_(data="few_digits", steps=8, batch=32, mixup=0.8, cutmix=1.0, ema=0.9, ema_ramp=1, rand_ops=2,
                         erase=0.25, repeats=3, test_every=0, start=str(start_of(source, tmp_path)))
     whole = pretrain(recipe, out=tmp_path / "whole")
     run = prepare(recipe, out=tmp_path / "broken")
@@ -653,7 +666,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(source, tmp_
 
 
 def test_the_epoch_of_a_run_holds_every_third_image_three_times(source, tmp_path):
-    recipe = DEMO.with_(data="few_digits", epochs=1, batch=32, repeats=3, start=str(start_of(source, tmp_path)))
+    recipe = DEMO.with_(data="few_digits", batch=32, repeats=3, start=str(start_of(source, tmp_path)))
     method = prepare(recipe, out=tmp_path / "run").recipe.build()
     method.before_train(Run.open(tmp_path / "run"))
     order = method.order(0, 0)
