@@ -235,11 +235,11 @@ _swin = _vit.with_(
 _demo = _vit.with_(
     size=20, data="digits_scattered", gpus=1, batch=64, epochs=20, steps=200, warmup_steps=20, warmup_from=0.0,
     clip=0.0, precision="fp32", source="ours", rand_ops=0, erase=0.0, flip=0.0, crop=(0.5, 1.0), mixup=0.0, cutmix=0.0,
-    head_std=0.01, note="Too short a run to need the strong augmentations, which cost 2 to 4 points of held-out digits.")
+    head_std=0.01, note="Too short for strong augmentations, which cost 2 to 4 points on held-out digits.")
 
 FINETUNE = {
     "finetune_demo": _demo.with_(backbone="resnet_mini", backbone_numbers={}, lr=1e-2, layer_decay=1.0),
-    "finetune_demo_vit": _demo.with_(backbone="vit_mini"),
+    "finetune_demo_vit": _demo.with_(backbone="vit_mini", backbone_numbers=_vit.backbone_numbers),
     "finetune_rsb_a3": _rsb,
     "finetune_rsb_a2": _rsb.with_(
         size=224, gpus=8, batch=256, epochs=300, lr=5e-3, backbone_numbers={"drop_path_rate": 0.05}, rand_magnitude=7,
