@@ -117,3 +117,86 @@ def ap_bars(rows: Sequence[Mapping], title: str = "") -> Figure:
     ax.set_yticks(range(len(rows)), [f"{row['source']}  {row['ap50']:.1f}" for row in rows[::-1]], fontsize=9)
     ax.set(xlim=(0, 100), xlabel="AP50 (%)")
     return fig
+
+
+# ---------------------------------------------------------------- layers, few labels, margins
+
+
+def depths(values: Mapping[str, Mapping[str, float | Mapping]], title: str = "") -> Figure:
+    """Accuracy (%) per level of a network, a line per name.
+
+    `values`: {name: {"feat1": accuracy, or a row with `top1` and its `interval`, which is drawn as a bar}}.
+    """
+    fig, ((ax,),) = panels(1, 1, 6.5, 3.4, title)
+    for i, (name, found) in enumerate(values.items()):
+        rows = [v if isinstance(v, Mapping) else {"top1": v} for v in found.values()]
+        y = np.array([r["top1"] for r in rows])
+        ax.plot(list(found), y, color=COLORS[i % 8], ls=STYLES[i % 4], marker=MARKERS[i % 10], ms=5, label=name)
+        if all("interval" in r for r in rows):
+            low, high = np.array([r["interval"] for r in rows]).T
+            ax.errorbar(list(found), y, yerr=[y - low, high - y], fmt="none", ecolor=COLORS[i % 8], capsize=3)
+    ax.set(xlabel="level, from the stem to the last stage", ylabel="accuracy (%)")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def spread(values: Mapping[str, Mapping[str, Mapping]], xlabel: str, ylabel: str, title: str = "",
+           lines: Mapping[str, float] | None = None) -> Figure:
+    """Over a doubling number, the mean of several draws as a line and their lowest and highest as a band.
+
+    `values`: {name: {number: {"mean", "min", "max"}}}; `lines` are levels to compare with, {name: number}.
+    """
+    fig, ((ax,),) = panels(1, 1, 6.5, 3.4, title)
+    for i, (name, points) in enumerate(values.items()):
+        x = [int(k) for k in points]
+        mean, low, high = ([p[key] for p in points.values()] for key in ("mean", "min", "max"))
+        ax.plot(x, mean, color=COLORS[i % 8], ls=STYLES[i % 4], marker=MARKERS[i % 10], ms=4, label=name)
+        ax.fill_between(x, low, high, color=COLORS[i % 8], alpha=0.15, lw=0)
+    for i, (name, y) in enumerate((lines or {}).items()):
+        ax.axhline(y, color="0.4", ls=STYLES[(i + 1) % 4], lw=1)
+        ax.annotate(name, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color="0.3")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(x, [str(k) for k in x])
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
+
+def margins(x: np.ndarray, y: np.ndarray, fits: Mapping[str, object], title: str = "") -> Figure:
+    """Points x (N, 2) with answers y (N,) of 1 or -1, and linear classifiers of them, a panel for each.
+
+    The line is where the classifier changes its mind, dashed are its margins: points between them, or on the wrong
+    side, are what the loss counts, and ringed.
+    """
+    fig, (axes,) = panels(1, len(fits), 3.3 * len(fits), 3.4, title)
+    edges = np.stack([x.min(0), x.max(0)]) + np.array([[-0.1], [0.1]]) * np.ptp(x, 0)
+    across, up = np.meshgrid(*(np.linspace(*edges[:, i], 120) for i in (0, 1)))
+    for ax, (name, fit) in zip(axes, fits.items(), strict=True):
+        for value, color, marker in ((1, COLORS[1], "o"), (-1, COLORS[0], "s")):
+            ax.scatter(*x[y == value].T, s=18, color=color, marker=marker, alpha=0.7, lw=0,
+                       label="shows it" if value == 1 else "does not")
+        counted = y * fit.decision_function(x) < 1
+        ax.scatter(*x[counted].T, s=60, facecolors="none", edgecolors="0.4", lw=0.6)
+        height = fit.decision_function(np.stack([across.ravel(), up.ravel()], 1)).reshape(across.shape)
+        ax.contour(across, up, height, levels=[-1, 0, 1], colors="black", linestyles=["--", "-", "--"], linewidths=1)
+        ax.set_title(f"{name}: {counted.sum()} of {len(y)} count", fontsize=9)
+        ax.set(xticks=[], yticks=[], xlim=edges[:, 0], ylim=edges[:, 1])
+    axes[0].legend(frameon=True, fontsize=8)
+    return fig
+
+
+def class_lines(values: Mapping[str, Mapping[str, float]], xlabel: str, title: str = "") -> Figure:
+    """A number per class, a marker per name, the classes sorted by the first: {name: {class: number}}."""
+    first = next(iter(values.values()))
+    order = sorted(first, key=first.get)
+    fig, ((ax,),) = panels(1, 1, 6.5, 0.26 * len(order) + 1.1, title)
+    for i, (name, found) in enumerate(values.items()):
+        ax.plot([found[c] for c in order], range(len(order)), ls="", marker=MARKERS[i % 10], color=COLORS[i % 8],
+                label=name)
+    ax.set_yticks(range(len(order)), order, fontsize=8)
+    ax.set(xlabel=xlabel)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
