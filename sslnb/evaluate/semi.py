@@ -31,7 +31,7 @@ SEMI = {
                            "google-research/simclr; 0.1 draws another one per class by a seed."),
     "semi_demo": _semi.with_(
         backbone="resnet_mini", size=20, data="digits_scattered", gpus=1, batch=16, steps=300, milestones=(180, 240),
-        fraction=0.1, weight_decay=1e-4, crop=(0.7, 1.0), flip=0.0, test_every=0, source="ours",
+        lr_by_epoch=False, fraction=0.1, weight_decay=1e-4, crop=(0.7, 1.0), flip=0.0, test_every=0, source="ours",
         note="300 steps whatever the fraction, so that a curve over fractions compares labels and not lengths."),
 }
 
