@@ -123,11 +123,13 @@ class Detector(Protocol):
         rng = np.random.default_rng(draw_seed(seed, epoch, -1))
         order = rng.permutation(len(self.images))
         tall = self.images.sizes[order, 0] < self.images.sizes[order, 1]
-        groups = [order[tall == side] for side in (True, False)]
-        whole = [g[:len(g) // self.batch * self.batch].reshape(-1, self.batch) for g in groups]
-        rest = [i for g in groups for i in g[len(g) // self.batch * self.batch:].tolist()]
-        batches = np.concatenate(whole)
-        return [*batches[rng.permutation(len(batches))].ravel().tolist(), *rest]
+        groups = [g for g in (order[tall], order[~tall]) if len(g)]
+        if min(map(len, groups)) < self.batch:  # a small group would always be the rest, which is dropped
+            return order.tolist()
+        whole = [len(g) // self.batch * self.batch for g in groups]
+        batches = np.concatenate([g[:n].reshape(-1, self.batch) for g, n in zip(groups, whole, strict=True)])
+        rest = np.concatenate([g[n:] for g, n in zip(groups, whole, strict=True)])
+        return [*batches[rng.permutation(len(batches))].ravel().tolist(), *rng.permutation(rest).tolist()]
 
     # ------------------------------------------------------------ a run
 
@@ -273,8 +275,8 @@ DETECTION = {
     "detect_coco_fpn_1x": _coco.with_(**_fpn),
     "detect_coco_fpn_2x": _coco.with_(**_fpn, steps=180_000, milestones=(120_000, 160_000)),
     "detect_demo": _voc.with_(
-        backbone="resnet_mini", size=128, data="clothes_in_photos", gpus=1, batch=8, steps=150, milestones=(110, 140),
-        lr=0.06, warmup_steps=20, source="ours", note="for two CPU cores; its numbers cannot be compared with VOC's.",
+        backbone="resnet_mini", size=128, data="clothes_in_photos", gpus=1, batch=4, steps=300, milestones=(220, 280),
+        lr=0.04, warmup_steps=30, source="ours", note="for two CPU cores; its numbers cannot be compared with VOC's.",
         numbers={"classes": 4, "short_sides": (112, 128), "long_side": 160, "anchors": (16, 32, 64),
-                 "proposals": (600, 200, 300, 100), "rpn_batch": 64, "regions": 32, "precise_batches": 20}),
+                 "proposals": (600, 200, 300, 100), "rpn_batch": 64, "regions": 32, "precise_batches": 40}),
 }
