@@ -168,6 +168,12 @@ class Run:
         save_file({k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}, draft)
         draft.replace(self.path / "backbone.safetensors")
 
+    def export(self, folder: str | Path | None = None, **settings: Any) -> Path:
+        """The finished backbone as a folder for timm, the hub and OpenMMLab, with a model card; see zoo.export."""
+        from .zoo.export import export
+
+        return export(self, folder, **settings)
+
     def write_broken(self, names: list[str]) -> None:
         """Broken images, by name: a list in a file, and a line that counts them."""
         write_atomic(self.path / "broken.txt", "\n".join(names) + "\n")
@@ -271,3 +277,10 @@ def environment() -> dict[str, Any]:
         "git": (commit + " with local changes" * bool(changed)) if commit else "not a checkout",
         "hardware": f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads" + (f", {gpus}" if gpus else ""),
     }
+
+
+def code_of(method: str) -> str:
+    """A checksum of the file that a method stands in: what was measured with another one is stale."""
+    from . import methods
+
+    return checksum(Path(sys.modules[methods.get(method).__module__].__file__))

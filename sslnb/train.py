@@ -21,7 +21,7 @@ from .evaluate.collapse import output_std
 from .monitor import FiniteWatch, Meter, Monitor
 from .reading import EpochSampler, ViewSet, loader_workers
 from .recipes import Recipe
-from .run import Run
+from .run import Run, code_of
 
 
 def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Path = "auto", *, processes: int = 1,
@@ -124,7 +124,8 @@ class Trainer:
         run, method = self.run, self.method
         start = time.time() - run.status().get("seconds", 0.0)
         if self.main:
-            run.add_provenance(step=self.step, processes=self.accelerator.num_processes)
+            run.add_provenance(step=self.step, processes=self.accelerator.num_processes,
+                               code=code_of(self.recipe.method))
             run.write_status(step=self.step)
         if run.settings["trackers"]:
             self.accelerator.init_trackers("sslnb", config={k: str(v) for k, v in run.settings["recipe"].items()})

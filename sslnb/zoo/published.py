@@ -1,0 +1,120 @@
+"""Published results as data, and our own beside them.
+
+assets/published.csv holds every row of the model zoo's linear and fine-tuning tables and those of the repositories that
+it stands on. `protocol` is the name of ours that a number was measured with ("linear": with another one), `flag` says
+where the sources contradict each other. Nothing in it was measured here.
+"""
+
+import csv
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ..embedded import ASSETS
+from ..run import Run, code_of, read_jsonl
+
+BACKBONES = {"ResNet-50": "resnet50", "ViT-Base": "vit_base_patch16_224", "ViT-Small": "vit_small_patch16_224",
+             "Swin-Base": "swin_base_patch4_window7_224"}
+FAMILIES = {
+    "pretext": ("relative_loc", "inpainting", "rotation"), "clustering": ("deepcluster", "odc", "swav"),
+    "contrastive": ("npid", "mocov1", "mocov2", "mocov3", "simclr", "densecl"),
+    "joint embedding": ("byol", "simsiam", "barlowtwins"),
+    "masked": ("mae", "simmim", "maskfeat", "cae", "a2mim"), "baseline": ("supervised", "random"),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published number; `epochs` and `batch` of pretraining, 0 if not said."""
+
+    protocol: str
+    method: str
+    backbone: str
+    epochs: int
+    batch: int
+    metric: str
+    value: float
+    source: str
+    flag: str
+
+    @property
+    def family(self) -> str:
+        return next(family for family, methods in FAMILIES.items() if self.method in methods)
+
+
+@cache
+def everything() -> tuple[Published, ...]:
+    with open(ASSETS / "published.csv", newline="", encoding="utf-8") as file:
+        return tuple(Published(**{**row, "epochs": int(row["epochs"] or 0), "batch": int(row["batch"] or 0),
+                                  "value": float(row["value"])}) for row in csv.DictReader(file))
+
+
+def published(**wanted: Any) -> list[Published]:
+    """The published numbers whose fields are as wanted: `published(method="byol", metric="top1", family=…)`."""
+    return [row for row in everything() if all(getattr(row, name) == value for name, value in wanted.items())]
+
+
+# ---------------------------------------------------------------- ours
+
+
+def measured(folder: str | Path) -> list[dict[str, Any]]:
+    """Every row of every results.jsonl below a folder, newest first: what it says, and of the run that it judges
+    `method`, `recipe`, `epochs`, `backbone`, `judged` (its directory) and `stale`.
+
+    `stale`: the code of the method is not what it was when the network was trained, or nothing says what it was. A row
+    that stands beside its source and beside its protocol's run comes once.
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+    for file in sorted(Path(folder).rglob("results.jsonl")):
+        run = Run(file.parent) if (file.parent / "recipe.json").exists() else None
+        for row in read_jsonl(file):
+            key = (row["source"], row["data"], row["protocol"], row["seed"], row["time"])
+            judged = run if run and Path(row.get("run", "")).resolve() != file.parent.resolve() else None
+            if key not in rows or judged:
+                rows[key] = {**row, **(_of_run(judged) if judged else {}), "file": str(file)}
+    return sorted(rows.values(), key=lambda row: row["time"], reverse=True)
+
+
+def _of_run(run: Run) -> dict[str, Any]:
+    recipe, trained = run.recipe, [start.get("code") for start in run.provenance()]
+    return {"method": recipe.method, "recipe": recipe.name, "epochs": recipe.epochs, "backbone": recipe.backbone,
+            "batch": recipe.total_batch, "judged": str(run.path), "trained_seed": run.seed,
+            "stale": not trained or set(trained) != {code_of(recipe.method)}}
+
+
+def executed(folder: str | Path) -> dict[str, list[str]]:
+    """Notebooks below a folder that papermill executed, and the run directories that their outputs name."""
+    import nbformat
+
+    found = {}
+    for path in sorted(Path(folder).rglob("*.ipynb")):
+        book = nbformat.read(path, as_version=4)
+        if "papermill" in book.metadata:
+            text = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
+            found[str(path)] = list(dict.fromkeys(re.findall(r"^ *run  (.+?), seed", text, re.M)))
+    return found
+
+
+def side_by_side(ours: Sequence[Mapping[str, Any]], metric: str = "top1") -> str:
+    """A table to read: method, epochs, protocol, what is published for them (with a * where sources disagree), and what
+    was measured: the mean over seeds, how many, and "stale" where the method's code has changed since.
+
+    Numbers stand in one line only if method and protocol agree; what else differs (data, epochs) is written out.
+    """
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for row in ours:
+        if metric in row and "method" in row:
+            groups.setdefault((row["method"], row["epochs"], row["data"], row["protocol"]), []).append(row)
+    lines = [["method", "epochs", "data", "protocol", "measured (%)", "seeds", "published on ImageNet (%)"]]
+    for (method, epochs, data, protocol), rows in sorted(groups.items()):
+        mean = sum(row[metric] for row in rows) / len(rows)
+        stale = "  stale" if any(row["stale"] for row in rows) else ""
+        theirs = [p for p in published(method=method, metric=metric) if p.protocol == protocol.split(",")[0]]
+        said = ", ".join(f"{p.value:g}{'*' if p.flag else ''} ({p.epochs} epochs)" for p in theirs)
+        lines.append([method, str(epochs), Path(data).name, protocol, f"{mean:.1f}{stale}",
+                      " ".join(sorted({str(row["trained_seed"]) for row in rows})), said or "–"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,198 @@
+"""Our weights out, and published results beside measured ones."""
+
+import json
+
+import nbformat
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from sslnb import Run, backbones, methods, pretrain
+from sslnb.errors import InputError
+from sslnb.evaluate import RECIPES, evaluate
+from sslnb.run import code_of
+from sslnb.zoo.export import export, push, to_openmmlab
+from sslnb.zoo.published import BACKBONES, everything, executed, measured, published, side_by_side
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short SimCLR run, evaluated."""
+    recipe = methods.recipes("simclr")["demo"].with_(epochs=1, batch=160)
+    run = pretrain(recipe, out=tmp_path_factory.mktemp("source") / "run")
+    evaluate(run, protocols=["knn"])
+    return run
+
+
+# ---------------------------------------------------------------- out
+
+
+def test_timm_loads_an_exported_resnet_and_computes_the_same(tmp_path):
+    recipe = methods.recipes("simclr")["demo"].with_(backbone="resnet18", size=72, epochs=1, batch=8, data="few_digits",
+                                                     steps=2)
+    run = pretrain(recipe, out=tmp_path / "run")
+    folder = run.export(openmmlab=True)
+    theirs = torch.load(folder / "openmmlab.pth", weights_only=True)["state_dict"]
+    assert torch.equal(theirs["backbone.conv1.weight"], run.backbone().conv1.weight)
+    assert "timm.create_model('resnet18', num_classes=0, checkpoint_path=" in (folder / "README.md").read_text()
+    model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(folder / "model.safetensors")).eval()
+    hub = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    x = torch.rand(2, 3, 72, 72)
+    with torch.no_grad():
+        assert torch.equal(model(x), run.backbone()(x)) and torch.equal(hub(x), run.backbone()(x))
+
+
+def test_timm_loads_an_exported_vit_by_what_its_card_says(tmp_path):
+    run = pretrain(methods.recipes("mae")["demo"].with_(epochs=1, steps=2, data="few_digits", batch=8),
+                   out=tmp_path / "run")
+    folder = export(run, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    model = timm.create_model(config["architecture"], num_classes=0, checkpoint_path=str(folder / "model.safetensors"),
+                              **config["model_args"]).eval()
+    x = torch.rand(2, 3, 28, 28)
+    with torch.no_grad():
+        assert torch.equal(model(x), run.backbone()(x))
+
+
+def test_the_card_of_small_images_names_our_builder_and_the_measured_results(run, tmp_path):
+    folder = run.export(tmp_path / "out", licence="apache-2.0")
+    card = (folder / "README.md").read_text()
+    assert "license: apache-2.0" in card and "sslnb.backbones.build('resnet_mini', 20)" in card
+    row = run.results()[0]
+    assert f"| {row['top1']:.1f} [{row['interval'][0]:.1f}, {row['interval'][1]:.1f}] | 497 | 0 |" in card
+    assert "random initialisation" in card and "total batch" in card
+    backbone = backbones.build("resnet_mini", 20)
+    backbone.load_state_dict(load_file(folder / "model.safetensors"))
+    assert json.loads((folder / "recipe.json").read_text()) == run.settings
+
+
+def test_a_run_that_is_not_done_does_not_go_out(run, tmp_path):
+    from sslnb.checks import prepare
+
+    begun = prepare(methods.recipes("simclr")["demo"], out=tmp_path / "begun")
+    with pytest.raises(InputError, match="begun is not started and not done"):
+        begun.export()
+    assert not (begun.path / "export").exists()
+
+
+def test_openmmlabs_names():
+    with torch.device("meta"):
+        resnet, vit, swin = (timm.create_model(m, num_classes=0).state_dict()
+                             for m in ("resnet50", "vit_base_patch16_224", "swin_base_patch4_window7_224"))
+    assert set(to_openmmlab(resnet)) == {f"backbone.{name}" for name in resnet}
+    names = set(to_openmmlab(vit))
+    assert len(names) == len(vit) and names >= {
+        "backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed.projection.weight", "backbone.ln1.bias",
+        "backbone.layers.11.ln2.weight", "backbone.layers.0.attn.qkv.bias", "backbone.layers.3.ffn.layers.0.0.weight",
+        "backbone.layers.3.ffn.layers.1.bias", "backbone.layers.3.attn.proj.weight"}
+    with pytest.raises(InputError, match="Only ResNets and vision transformers"):
+        to_openmmlab(swin)
+
+
+def test_the_folder_that_is_pushed(run, tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo, **settings):
+            calls.append((repo, settings))
+
+        def upload_folder(self, folder_path, repo_id):
+            calls.append((sorted(p.name for p in folder_path.iterdir()), repo_id))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    with pytest.raises(InputError, match="Only ResNets"):  # its deep stem has no name there
+        run.export(tmp_path / "out", openmmlab=True)
+    assert not (tmp_path / "out").exists()
+    folder = run.export(tmp_path / "out")
+    assert push(folder, "me/simclr", private=True) == "https://huggingface.co/me/simclr"
+    assert calls == [("me/simclr", {"exist_ok": True, "private": True}),
+                     (["README.md", "config.json", "model.safetensors", "recipe.json"], "me/simclr")]
+    with pytest.raises(InputError, match="is no exported run: model.safetensors, config.json"):
+        push(tmp_path, "me/simclr")
+    assert len(calls) == 2
+
+
+# ---------------------------------------------------------------- published
+
+
+def test_every_row_of_the_zoos_tables_is_there():
+    linear = [p for p in everything() if p.source == "zoo"]
+    tuned = [p for p in everything() if p.source.startswith("zoo, weights of")]
+    assert len(linear) == 19 and len(tuned) == 26
+    assert sum(p.value for p in linear) == pytest.approx(1143.10), "the sum of the seed's column"
+    assert sum(p.value for p in tuned) == pytest.approx(2079.6)
+    assert {p.protocol for p in linear + tuned} <= set(RECIPES)
+
+
+def test_recipes_and_table_agree_where_both_state_a_number():
+    """A recipe's `published` is a number of the table, with the same epochs."""
+    seen = 0
+    for method in methods.METHODS:
+        for name, recipe in methods.recipes(method).items():
+            for value in recipe.published.values():
+                rows = published(method=method, value=value)
+                seen += 1
+                assert any(recipe.epochs == p.epochs or p.flag for p in rows), (method, name, value)
+    assert seen > 30
+
+
+def test_contradictions_are_flagged():
+    (torchvision,) = published(method="supervised", protocol="linear_moco", value=76.17)
+    assert "74.12" in torchvision.flag
+    assert [p.value for p in published(method="supervised", protocol="linear_moco", source="OpenSelfSup")] == [74.12]
+    assert all(p.flag for p in published(method="simsiam", source="zoo"))
+    assert published(method="byol", source="zoo")[0].flag == ""
+
+
+def test_filters_and_names():
+    assert {p.method for p in published(family="masked", protocol="finetune_simmim_vit")} == {"simmim", "a2mim"}
+    assert {p.backbone for p in everything()} == set(BACKBONES)
+    assert all(timm.is_model(name) for name in BACKBONES.values())
+    for p in everything():
+        assert p.family and (p.method in methods.METHODS or p.method in ("supervised", "random")), p
+        assert p.protocol in RECIPES or p.protocol in ("knn", "linear", "svm_voc07", "lowshot_voc07"), p.protocol
+        assert 0 < p.value < 100
+
+
+# ---------------------------------------------------------------- measured
+
+
+def test_rows_are_found_with_the_run_that_they_judge(run):
+    rows = measured(run.path.parent)
+    assert [r["source"] for r in rows if r["source"] == "run"] == ["run"] and len(rows) == 3
+    mine = next(r for r in rows if r["source"] == "run")
+    assert (mine["method"], mine["epochs"], mine["judged"]) == ("simclr", 1, str(run.path)) and not mine["stale"]
+    assert mine["top1"] == run.results()[0]["top1"]
+
+
+def test_a_changed_method_makes_its_numbers_stale(run, tmp_path, monkeypatch):
+    assert run.provenance()[0]["code"] == code_of("simclr") != code_of("byol")
+    monkeypatch.setattr("sslnb.zoo.published.code_of", lambda method: "another1")
+    assert all(row["stale"] for row in measured(run.path))
+    assert "stale" in side_by_side(measured(run.path))
+
+
+def test_a_row_beside_source_and_probe_comes_once(run):
+    evaluate(run, protocols=["linear_demo"], epochs=1)
+    rows = [r for r in measured(run.path.parent) if r["protocol"].startswith("linear_demo")]
+    assert len(rows) == 1 and rows[0]["method"] == "simclr" and Run.open(rows[0]["run"]).recipe.method != "simclr"
+
+
+def test_published_stands_beside_measured_and_seeds_are_counted():
+    row = {"method": "byol", "epochs": 200, "data": "/data/imagenet", "protocol": "linear_simsiam", "stale": False}
+    text = side_by_side([{**row, "top1": 71.0, "trained_seed": 0}, {**row, "top1": 72.0, "trained_seed": 1}])
+    (line,) = [line for line in text.splitlines() if line.startswith("byol")]
+    assert line.split() == [
+        "byol", "200", "imagenet", "linear_simsiam", "71.5", "0", "1", "71.88", "(200", "epochs),", "72.93", "(300",
+        "epochs)"]
+    assert "–" in side_by_side([{**row, "protocol": "linear_demo", "top1": 1.0, "trained_seed": 0}])
+
+
+def test_executed_notebooks_name_their_runs(tmp_path):
+    shown = nbformat.v4.new_output("stream", text="  precision  fp32\n         run  runs/byol-ep3, seed 0, on CPU\n")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("pretrain()", outputs=[shown])])
+    nbformat.write(book, tmp_path / "plain.ipynb")
+    book.metadata["papermill"] = {"parameters": {}}
+    nbformat.write(book, tmp_path / "out.ipynb")
+    assert executed(tmp_path) == {str(tmp_path / "out.ipynb"): ["runs/byol-ep3"]}
