@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -761,6 +762,25 @@ def test_a_source_for_small_images_is_refused_where_its_first_layer_differs():
     with pytest.raises(InputError, match="conv1.weight of the source does not fit resnet18 for images of 128 px"):
         Detector.starting_point(recipe, build("resnet18", 32))
     assert "120 tensors of resnet18" in Detector.starting_point(recipe, build("resnet18", 128))[1]
+
+
+def test_weights_for_detectron2_have_its_names(tmp_path):
+    from sslnb.backbones import build
+    from sslnb.evaluate.detectron2 import export
+
+    network = build("resnet50", 224)
+    file = pickle.loads(export(network, tmp_path / "weights.pkl").read_bytes())
+    state, model = network.state_dict(), file["model"]
+    assert file["matching_heuristics"] is True and len(model) == len(state) == 318
+    for ours, theirs in (("conv1.weight", "stem.conv1.weight"), ("bn1.running_var", "stem.conv1.norm.running_var"),
+                         ("layer1.0.downsample.0.weight", "res2.0.shortcut.weight"),
+                         ("layer4.0.downsample.1.bias", "res5.0.shortcut.norm.bias"),
+                         ("layer3.5.conv2.weight", "res4.5.conv2.weight"),
+                         ("layer3.5.bn3.weight", "res4.5.conv3.norm.weight")):
+        assert np.array_equal(model[theirs], state[ours].numpy())
+    assert {name.split(".")[0] for name in model} == {"stem", "res2", "res3", "res4", "res5"}
+    with pytest.raises(InputError, match="detectron2's ResNets begin with a 7x7 convolution on three colours"):
+        export(build("resnet50", 32), tmp_path / "small.pkl")
 
 
 def test_sizes_that_the_annotation_gets_wrong_are_named(tmp_path):
