@@ -182,8 +182,10 @@ def execute(path, folder, **values):
 
 
 def short(path):
-    """One epoch of everything."""
-    return {name: 1 for name in declared(parameters_cell(path).source) if re.fullmatch(r"(\w+_)?epochs", name)}
+    """One epoch of everything, or a few steps."""
+    names = declared(parameters_cell(path).source)
+    return {name: 1 if name.endswith("epochs") else 10 for name in names
+            if re.fullmatch(r"(\w+_)?(epochs|steps)", name)}
 
 
 def outputs(book):

@@ -4,14 +4,17 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from sslnb import Run, data, methods, pretrain
 from sslnb.errors import InputError
+from sslnb.evaluate.features import extract
 from sslnb.evaluate.linear import LINEAR
 from sslnb.evaluate.protocol import train_protocol
+from sslnb.evaluate.sources import open_source
 from sslnb.evaluate.supervised import Supervised, labels_of
 
 PROBE = LINEAR["linear_barlowtwins"]
@@ -235,3 +238,32 @@ def test_a_file_without_the_name_of_its_network_is_refused(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "file.pth")
     with pytest.raises(InputError, match="of which network"):
         train_protocol(tmp_path / "file.pth", "linear_demo")
+
+
+# ---------------------------------------------------------------- as elsewhere, and on more processes
+
+
+def test_features_are_those_that_timm_computes_by_itself(tmp_path):
+    """timm's model, weights and test transform, without a line of ours."""
+    images = data.load("photos")
+    torch.manual_seed(1)
+    plain = timm.create_model("resnet18", num_classes=0).eval()
+    torch.save(plain.state_dict(), tmp_path / "plain.pth")
+    judged = open_source(tmp_path / "plain.pth", 0, "resnet18")
+    cfg = {"input_size": (3, 96, 96), "crop_pct": 96 / round(96 * 256 / 224), "interpolation": "bicubic",
+           "mean": timm.data.IMAGENET_DEFAULT_MEAN, "std": timm.data.IMAGENET_DEFAULT_STD}
+    transform = timm.data.create_transform(**cfg)
+    with torch.no_grad():
+        theirs = plain(torch.stack([transform(images[i]) for i in range(len(images))]))
+    ours = extract(judged.backbone(96), images, size=96)
+    assert torch.allclose(ours.x, theirs, atol=1e-5) and ours.x.std() > 0.01
+
+
+@pytest.mark.distributed
+def test_two_processes_train_the_same_classifier_and_count_every_test_image_once(source, tmp_path):
+    rows = [train_protocol(source, "linear_demo", out=tmp_path / str(n), processes=n, epochs=2) for n in (1, 2)]
+    heads = [Run.open(row["run"]).method().head.weight for row in rows]
+    assert torch.allclose(*heads, rtol=1e-3, atol=1e-4) and heads[0].std() > 0.1
+    assert rows[0]["n"] == rows[1]["n"] == 497 and abs(rows[0]["top1"] - rows[1]["top1"]) < 0.5
+    tests = [Run.open(row["run"]).history("test") for row in rows]
+    assert [len(t) for t in tests] == [2, 2]
