@@ -21,6 +21,7 @@ from .errors import InputError, unknown
 
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
                "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+SLIVER = 0.01  # px: a box must be wider, else it is nothing in single precision
 
 
 @dataclass
@@ -58,17 +59,15 @@ class Boxes(Images):
         self._check()
 
     def _check(self) -> None:
-        owner = np.repeat(np.arange(len(self)), np.diff(self.starts))
-        wide = self.everything.boxes[:, 2:] > self.everything.boxes[:, :2]
-        left = self.clipped(self.everything.boxes, self.sizes[owner])
-        inside = left[:, 2:] > left[:, :2]
-        outside = np.flatnonzero((wide & ~inside).any(1))
+        owner, boxes = np.repeat(np.arange(len(self)), np.diff(self.starts)), self.everything.boxes
+        outside = np.flatnonzero(((boxes[:, :2] > self.sizes[owner] + 1) | (boxes[:, 2:] < -1)).any(1))
         if len(outside):
-            i, box = owner[outside[0]], self.everything.boxes[outside[0]].tolist()
+            i, box = owner[outside[0]], boxes[outside[0]].tolist()
             raise InputError(f"{self.where(i)} is {self.sizes[i][0]} x {self.sizes[i][1]} px, and a box of it, {box}, "
                              "lies outside; correct the annotation, or the size that it states.")
+        left = self.clipped(boxes, self.sizes[owner])
         # Crowds are no single objects. VOC's difficult ones are trained on, though nobody is asked for them.
-        self._usable = inside.all(1) & ~(self.everything.special & (self.rule == "coco"))
+        self._usable = (left[:, 2:] > left[:, :2] + SLIVER).all(1) & ~(self.everything.special & (self.rule == "coco"))
 
     @staticmethod
     def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -134,8 +133,9 @@ def decoded(text: str, width: int, height: int) -> np.ndarray:
         values = np.arange(len(form["counts"])) % 2 == 1
         return np.repeat(values, form["counts"]).reshape(form["size"][::-1]).T
     tool = coco_masks()
-    return tool.decode(form if isinstance(form, dict) else
-                       tool.merge(tool.frPyObjects(form, int(height), int(width)))).astype(bool)
+    if isinstance(form, list):  # the tool would take a polygon of two corners for a box
+        form = tool.frPyObjects([p for p in form if len(p) >= 6] or [[0.0] * 6], int(height), int(width))
+    return tool.decode(tool.merge(form) if isinstance(form, list) else form) > 0
 
 
 def coco_masks():
@@ -143,8 +143,7 @@ def coco_masks():
     try:
         from faster_coco_eval.core import mask
     except ImportError:
-        raise InputError("COCO's masks and numbers need the package faster-coco-eval: pip install faster-coco-eval, or "
-                         "sslnb with [coco].") from None
+        raise InputError("COCO's masks and numbers need a package: pip install faster-coco-eval.") from None
     return mask
 
 
@@ -163,8 +162,7 @@ def find(name: str | Path, split: str) -> Boxes | None:
         wanted = f"VOC*/ImageSets/Main/{'trainval' if split == 'train' else 'test'}.txt"
         lists = sorted(root.glob(wanted))
         if not lists:
-            raise InputError(f"{root} has no list {wanted} for the split {split!r}; VOC's archives of training and test "
-                             "images are separate ones.")
+            raise InputError(f"{root} has no list {wanted} for the split {split!r}; VOC's test has its own archive.")
         lists = lists if split == "train" else lists[:1]  # of 2012 no test annotations were published
         found = _voc(root, str(name), split, tuple((file, file.stat().st_mtime_ns) for file in lists))
     elif any(root.glob("annotations/instances_*.json")):

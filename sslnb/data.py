@@ -66,6 +66,7 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     drawn by `seed` and "train" is the rest, so use the same seed for both; without labels both are all images.
     `fraction` keeps a part in (0, 1] of each class drawn by `seed`, or the images named in a file (`file` or
     `class/file` per line). `classes` is a file with the classes to keep, one per line.
+    A folder in the layout of VOC or COCO has boxes too, see sslnb.boxes.
     `root` is where a downloaded set lies: otherwise $SSLNB_DATA or ./data, for ImageNet $IMAGENET or
     ./data/imagenet. Whatever is unknown, missing or contradictory raises InputError.
     """

@@ -226,6 +226,9 @@ def test_masks_survive_as_runs():
 def test_polygons_and_packed_runs_are_read_too():
     square = decoded(json.dumps([[2, 3, 6, 3, 6, 8, 2, 8], [8, 0, 9, 0, 9, 1, 8, 1]]), 10, 12)  # two parts
     assert square.shape == (12, 10) and square[3:8, 2:6].all() and square[0, 8] and square.sum() == 21
+    assert decoded(json.dumps([[2, 3, 6, 3, 6, 8, 2, 8], [8, 0, 9, 5]]), 10, 12).sum() == 20  # two corners: no area
+    assert decoded(json.dumps([[8, 0, 9, 5]]), 10, 12).shape == (12, 10)
+    assert not decoded(json.dumps([[8, 0, 9, 5]]), 10, 12).any()
     from faster_coco_eval.core import mask as tool
 
     packed = tool.encode(np.asfortranarray(square.astype(np.uint8)))
@@ -325,6 +328,7 @@ def test_broken_files_are_named_in_a_sentence(tmp_path):
     refused("is no annotation of VOC", name="<", h="30")
     refused(r"has no list VOC\*/ImageSets/Main/test.txt for the split 'test'", "test", lists=("trainval",))
     refused("No image of .* has a box to learn from", box=(5, 5, 4, 9))  # of no width
+    refused("No image of .* has a box to learn from", box=(41.5, 5, 45, 9))  # half a pixel outside
     kit = dev_kit(tmp_path / "kit", (2007,))
     (kit / "VOC2007" / "JPEGImages" / "2007_test.jpg").unlink()
     with pytest.raises(InputError, match="The image .*2007_test.jpg, which the annotations .* name, is not there"):
