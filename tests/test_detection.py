@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from sslnb.errors import InputError
 from sslnb.evaluate import detector as rcnn
 from sslnb.evaluate import train_protocol
 from sslnb.evaluate.detection import DETECTION, Canvas, Detector, shrunk
+from sslnb.evaluate.sources import Source
 from sslnb.evaluate.voc_ap import THRESHOLDS, average_precision, claims, coco_ap, guesses, overlaps, voc_ap
 
 SMALL = {"steps": 4, "milestones": (3,), "batch": 4, "regions": 16, "precise_batches": 2, "above": 0.0, "most": 10}
@@ -257,6 +259,8 @@ def test_a_box_of_the_embedded_set_is_that_of_its_mask():
         images = data.load("clothes_in_photos", split)
         assert len(images) == {"train": 600, "test": 150}[split] and images.labels is None
         for i in range(0, len(images), 10):
+            masks = [images.mask(i, j).astype(int) for j in range(len(images.objects(i)))]
+            assert sum(masks).max() == 1, "of two things over each other only the upper one is seen"
             for j, box in enumerate(images.objects(i).boxes.astype(int)):
                 y, x = np.nonzero(images.mask(i, j))
                 assert [x.min(), y.min(), x.max() + 1, y.max() + 1] == box.tolist()
@@ -723,6 +727,7 @@ def test_a_row_says_what_the_written_detections_are_worth(layouts, tmp_path, lay
     found = json.loads((run.path / "detections.json").read_text())
     told = (coco_ap if layout == "coco" else voc_ap)(images, found)
     assert {k: row[k] for k in told} == told and row["n"] == 10 and row["source"] == "resnet_mini (untrained)"
+    assert layout == "coco" or row["coco_ap"] == coco_ap(images, found)["ap"]
     assert ("ap50_mask" in row) == (layout == "coco") == ("segmentation" in found[0])
     assert {d["category_id"] for d in found} <= set(images.category_ids) and run.recipe.numbers["classes"] == 4
     assert run.recipe.size == 128 and (run.path / "backbone.safetensors").exists()
@@ -757,6 +762,12 @@ def test_what_does_not_fit_is_refused_before_any_work(layouts, tmp_path, monkeyp
     with pytest.raises(InputError, match="Unknown head 'c5': did you mean 'c4'"):
         DETECTION["detect_demo"].with_(head="c5").build()
     assert not list(tmp_path.glob("runs/sslnb*"))
+
+
+def test_the_canvas_does_not_shrink_to_the_images_that_a_source_was_trained_on():
+    small = Source("simclr", None, None, size=20, folder=Path("runs/simclr"), architecture="resnet_mini")
+    assert Detector.on_source(DETECTION["detect_demo"], small, None).size == 128
+    assert Detector.on_source(DETECTION["detect_demo"], small, 96).size == 96
 
 
 def test_a_source_for_small_images_is_refused_where_its_first_layer_differs():

@@ -250,8 +250,7 @@ class RCNN(nn.Module):
         given, names = [x.shape[-2:] for x in images], stages(backbone)
         batch, targets = self.transform(images, targets)
         maps = trunk(backbone, batch.tensors, names[:-1] if self.neck is None else names)
-        maps = maps[-1:] if self.neck is None else self.neck(OrderedDict(zip(names, maps, strict=True))).values()
-        maps = [m.float() for m in maps]  # boxes are computed in the maps' precision
+        maps = maps[-1:] if self.neck is None else [*self.neck(OrderedDict(zip(names, maps, strict=True))).values()]
         proposals, losses = self.rpn(batch, OrderedDict(enumerate(maps)), targets)
         found, more = self.heads(maps, proposals, batch.image_sizes, targets, getattr(backbone, names[-1]))
         if self.training:
