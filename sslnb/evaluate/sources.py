@@ -55,14 +55,16 @@ class Subject:
 
 
 def open_source(source, seed: int, backbone: str | None = None, **numbers: object) -> Source:
-    """A Run, the path of a run directory, a file of weights, or a timm name (weights drawn from `seed`).
+    """A Run, the path of a run directory, a file of weights, a name of the zoo's, or a timm name (weights drawn from
+    `seed`).
 
-    `backbone` is the timm name of a file's network, `numbers` are for its construction, such as sobel=True.
+    `backbone` is the timm name of a file's network, if the file does not tell; `numbers` are for its construction, such
+    as sobel=True.
     """
-    from .. import backbones
+    from .. import backbones, zoo
 
-    if isinstance(source, str | Path) and Path(source).is_file():
-        return _from_file(Path(source), seed, backbone, numbers)
+    if isinstance(source, str | Path) and (Path(source).is_file() or str(source) in zoo.MODELS):
+        return _from_file(source, seed, backbone, numbers)
     if isinstance(source, str | Path):
         if not Path(source).is_dir():
             if isinstance(source, Path) or source.startswith((".", "/", "~")):
@@ -80,19 +82,18 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
                   recipe.pool, recipe.backbone, recipe.backbone_numbers)
 
 
-def _from_file(file: Path, seed: int, backbone: str | None, numbers: Mapping[str, object]) -> Source:
-    from .. import backbones, zoo
+def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mapping[str, object]) -> Source:
+    from .. import zoo
 
-    if backbone is None:
-        raise InputError(f"{file} holds weights, but of which network? Give backbone, a timm name such as 'resnet50'.")
+    name, numbers, native = zoo.network(file, backbone, **numbers)
 
     def trained(size: int) -> nn.Module:
         model, match = zoo.load(file, backbone, size, **numbers)
-        print(f"{file.name}: {match}")
+        print(f"{Path(file).name}: {match}")
         return model
 
-    fresh = _seeded(seed, lambda size: backbones.build(backbone, size, **numbers))
-    return Source(file.name, trained, fresh, architecture=backbone, numbers=numbers)
+    fresh = _seeded(seed, lambda size: zoo.fresh(name, numbers, native, size))
+    return Source(Path(file).name, trained, fresh, architecture=name, numbers=numbers)
 
 
 def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: int,

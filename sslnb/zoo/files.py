@@ -2,7 +2,8 @@
 
 Pickles are read by torch's `weights_only` unpickler, which makes tensors and plain values alone. Files of OpenMMLab and
 of official repositories also hold a few objects that say how they were made; ALLOWED names them, and stand-ins without
-behaviour take their place. Whatever else a file asks for is refused, and the sentence says what it was.
+behaviour take their place: nothing by these names is imported or called. Whatever else a file asks for is refused, and
+the sentence says what it was. BYOL's JAX file is no torch file; haiku.py reads it under the same rule.
 """
 
 import pickle
@@ -39,6 +40,9 @@ def _allowed() -> list:
 ALLOWED = (  # metadata in published files; how a run was logged or configured, never a tensor
     "mmengine.logging.history_buffer.HistoryBuffer", "mmcv.utils.config.Config", "mmcv.utils.config.ConfigDict",
     "mmengine.config.config.ConfigDict", "omegaconf.dictconfig.DictConfig", "omegaconf.base.ContainerMetadata",
+    # A HistoryBuffer is pickled with its statistics, methods of the class: pickle asks for them by getattr. The
+    # stand-in that it gets looks nothing up.
+    "builtins.getattr",
 )
 
 
@@ -53,11 +57,17 @@ def read(path: str | Path) -> Any:
         raise InputError(f"There is no file {str(path)!r}.")
     with open(path, "rb") as file:
         head = file.read(200).lstrip()
+    if not head:
+        raise InputError(f"{path} is empty; fetch it again.")
     if head[:1] == b"<" or b"<html" in head.lower():
         raise InputError(f"{path} is a web page and no weights: the download was answered with one; open its URL in a "
                          "browser and save the file itself.")
     if head.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a Git LFS pointer and no weights; run `git lfs pull` where it came from.")
+    if path.suffix == ".pkl" and head.startswith(b"\x80"):
+        from . import haiku
+
+        return haiku.read(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

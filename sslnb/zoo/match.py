@@ -1,18 +1,20 @@
 """Fit the tensors of a file into a backbone, and say of every one of them where it went."""
 
+import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .layouts import Plain, adapt
 
-# Where files keep the network that evaluation wants. Query and key encoder, online and target network often lie in one
-# file: the first of each pair is the one that published numbers were measured with.
-WRAPPERS = ("state_dict", "model", "model_state", "teacher", "backbone", "network")
-PREFIXES = ("", "backbone.", "module.encoder_q.", "module.base_encoder.", "module.encoder.", "module.backbone.",
-            "module.", "encoder_q.", "base_encoder.", "encoder.", "online_backbone.", "model.", "model.backbone.")
-HEADS = ("fc.", "head.", "fc_norm.")  # of classifiers: never a part of a backbone
+# Where files keep the network that evaluation wants; DINO's teacher is the one that its numbers were measured with.
+WRAPPERS = ("state_dict", "model", "model_state", "teacher", "backbone", "network", "classy_state_dict", "base_model",
+            "trunk", "method")
+# Parts that a file may have beside the backbone, under names of its own level: never a part of a backbone without them.
+BESIDE = re.compile(r"(fc|head|fc_norm)\.|(mask_token|mask_gamma)$|.*(relative_position_index|attn_mask)$")
 
 
 @dataclass
@@ -20,22 +22,46 @@ class Match:
     """What became of the tensors of a file: names are the backbone's, `leftover` are the file's own."""
 
     taken: list[str] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)  # the backbone's name -> the file's
+    renamed: dict[str, str] = field(default_factory=dict)  # the backbone's name -> the file's, if not only the prefix
     changed: dict[str, str] = field(default_factory=dict)  # the backbone's name -> what was done to the numbers
     missing: list[str] = field(default_factory=list)
     misshapen: dict[str, str] = field(default_factory=dict)
     leftover: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)  # of `leftover`: parts of a backbone, but not of this one
     prefix: str = ""
+    layout: str = ""
+    backbone: str = ""  # for backbones.build, with these
+    size: int = 0
+    numbers: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{len(self.taken)} tensors of the backbone come from the file"
                  + (f", whose names begin with {self.prefix!r}" if self.prefix else "")
                  + (f"; {len(self.renamed)} of them have another name there" if self.renamed else "")]
-        lines += [f"  {name}: {what}" for name, what in self.changed.items()]
+        if self.layout:
+            numbers = "".join(f", {key} {value}" for key, value in self.numbers.items())
+            lines.append(f"  layout: {self.layout}; network: {self.backbone} at {self.size} px{numbers}")
+        for what in dict.fromkeys(self.changed.values()):
+            names = [name for name, change in self.changed.items() if change == what]
+            lines.append(f"  {len(names)} changed, {what}: {_some(names)}")
         for what, names in (("not in the file", self.missing), ("not used of the file", self.leftover)):
             if names:
-                lines.append(f"  {len(names)} {what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}")
-        return "\n".join(lines)
+                lines.append(f"  {len(names)} {what}: {_some(names, self.prefix)}")
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+def _some(names: list[str], prefix: str = "") -> str:
+    """A few names, or where there are many, the parts that they belong to, each with its number of tensors."""
+    if len(names) <= 4:
+        return ", ".join(names)
+    parts: dict[str, int] = {}
+    for name in names:
+        known = prefix if name.startswith(prefix) else "module." if name.startswith("module.") else ""
+        part = known + name[len(known):].split(".")[0]
+        parts[part] = parts.get(part, 0) + 1
+    shown = [f"{part} ({count})" for part, count in list(parts.items())[:6]]
+    return ", ".join(shown) + (" …" if len(parts) > 6 else "")
 
 
 def tensors(found: object) -> dict[str, Tensor]:
@@ -47,43 +73,47 @@ def tensors(found: object) -> dict[str, Tensor]:
             break
         found = inner
     if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise InputError("There is no state dict in the file: it must hold tensors by name, possibly inside one of "
-                         f"{', '.join(WRAPPERS)}.")
+        raise InputError("there is no state dict in it: it must hold tensors by name, possibly inside one of "
+                         f"{', '.join(WRAPPERS)}")
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-def fit(state: dict[str, Tensor], backbone: nn.Module) -> tuple[dict[str, Tensor], Match]:
-    """The part of `state` that is the backbone's, under its names, and the report.
+def fit(state: dict[str, Tensor], plain: Plain, backbone: nn.Module) -> tuple[dict[str, Tensor], Match]:
+    """The part of the file's `state` that is the backbone's, under its names, and the report. Nothing is loaded.
 
-    The prefix is the one under which most names and shapes agree. Nothing is loaded.
+    `plain`: the same file under timm's names, see layouts.convert.
     """
     wanted = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
-
-    def agreeing(prefix: str) -> int:
-        return sum(name in wanted and wanted[name] == tensor.shape for name, tensor in _below(state, prefix).items())
-
-    prefix = max(PREFIXES, key=agreeing)
-    inside = _below(state, prefix)
-    match = Match(prefix=prefix)
+    adapt(plain, wanted)
+    match = Match(prefix=plain.prefix, layout=plain.layout)
     taken = {}
     for name, shape in wanted.items():
-        if name not in inside:
+        tensor = plain.tensors.get(name)
+        if tensor is None:
             if name.endswith("num_batches_tracked"):  # older files lack this count, and nothing is computed from it
                 taken[name] = torch.zeros((), dtype=torch.long)
             else:
                 match.missing.append(name)
-        elif inside[name].shape != shape:
-            match.misshapen[name] = f"{tuple(inside[name].shape)} in the file, {tuple(shape)} in the backbone"
+        elif tensor.shape != shape:
+            match.misshapen[name] = f"{tuple(tensor.shape)} in the file, {tuple(shape)} in the backbone"
         else:
-            taken[name] = inside[name]
+            taken[name] = tensor
             match.taken.append(name)
-    used = {prefix + name for name in match.taken}
+            if plain.origin[name] != plain.prefix + name:
+                match.renamed[name] = plain.origin[name]
+            if name in plain.changed:
+                match.changed[name] = plain.changed[name]
+    used = {origin for name in match.taken for origin in plain.origin[name].split(", ")}
     match.leftover = [name for name in state if name not in used]
+    parts = {name.split(".")[0] for name in wanted} | {"pos_embed", "rel_pos_bias", "norm"}
+    match.foreign = [name for name in plain.tensors
+                     if name not in wanted and name.split(".")[0] in parts and not BESIDE.match(name)]
     return taken, match
 
 
 def check(match: Match, file: str, backbone: str) -> None:
-    """Errors: InputError unless every tensor of the backbone was found in the right shape."""
+    """Errors: InputError unless every tensor of the backbone was found in the right shape, and the file has no more of
+    such a network, of which a part would be loaded in silence."""
     if match.misshapen:
         name, what = next(iter(match.misshapen.items()))
         sobel = what.startswith("(64, 2,")
@@ -94,7 +124,6 @@ def check(match: Match, file: str, backbone: str) -> None:
         raise InputError(f"{file} does not fill {backbone}: {len(match.missing)} of "
                          f"{len(match.missing) + len(match.taken)} tensors are missing, such as {match.missing[0]}; "
                          f"the file has names such as {', '.join(match.leftover[:2]) or 'none more'}.")
-
-
-def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix):]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if match.foreign:
+        raise InputError(f"{file} is of a larger network than {backbone}: {len(match.foreign)} of its tensors would be "
+                         f"lost, such as {match.foreign[0]}; give the backbone that it was trained with.")
