@@ -399,22 +399,21 @@ def test_erasing_an_image_does_not_depend_on_its_batch():
 
 @pytest.mark.parametrize("world, batch", [(1, 8), (3, 4), (4, 6)])
 def test_repeated_views_come_as_from_timms_sampler(world, batch):
-    """Its formula: shuffle, repeat each three times, then every process takes one in `world`, as many as N / world."""
+    """It does not shuffle here, so its numbers are places in our shuffle."""
+    from timm.data.distributed_sampler import RepeatAugSampler
+
     n, repeats = 103, 3
     order = repeated_order(n, repeats, batch, world, seed=5, epoch=2)
-    assert len(order) == n
-    sampler = [EpochSampler(n, batch, rank=r, world=world, seed=5) for r in range(world)]
-    for s in sampler:
-        s.set_position(2, 0, order)
-    mine = [[pair for step in s for pair in step] for s in sampler]
-    shuffled = list(dict.fromkeys(order.tolist()))
+    loaders = [EpochSampler(n, batch, rank=r, world=world, seed=5) for r in range(world)]
+    for loader in loaders:
+        loader.set_position(2, 0, order)
+    mine = [[pair for step in loader for pair in step] for loader in loaders]
+    place = {image: k for k, image in enumerate(_shuffle(order, batch, world))}
     for rank in range(world):
-        steps = n // (batch * world)
-        copies = sorted(range(n), key=lambda j: j)  # places in the list of copies, whose j-th is shuffled[j // 3]
-        wanted = [j // repeats for j in copies[rank::world]][:steps * batch]
-        first_seen = {image: place for place, image in enumerate(_by_copies(order, batch, world))}
-        assert [first_seen[i] for i, _ in mine[rank]] == wanted
-    assert len(shuffled) == math.ceil(n / repeats) and max(np.bincount(order)) == repeats
+        theirs = list(RepeatAugSampler(range(n), world, rank, shuffle=False, num_repeats=repeats, selected_round=0))
+        assert [place[i] for i, _ in mine[rank]] == theirs[:len(mine[rank])]
+        assert len(mine[rank]) == n // (batch * world) * batch
+    assert len(order) == n and len(place) == math.ceil(n / repeats) and max(np.bincount(order)) == repeats
     seeds = [seed for pairs in mine for _, seed in pairs]
     assert len(set(seeds)) == len(seeds), "every copy has a crop of its own"
     if world >= repeats:
@@ -422,7 +421,7 @@ def test_repeated_views_come_as_from_timms_sampler(world, batch):
             assert max(sum(i == image for i, _ in pairs) for pairs in mine) == 1, "copies lie in different processes"
 
 
-def _by_copies(order, batch, world):
+def _shuffle(order, batch, world):
     """The images in the order of the shuffle, read back from the order in which loaders take them."""
     whole = len(order) // (batch * world) * batch * world
     dealt = np.asarray(order[:whole]).reshape(-1, world, batch).transpose(0, 2, 1).ravel().tolist()

@@ -48,8 +48,8 @@ class FineTune(Supervised):
                  ema: float = 0.0, ema_ramp: int = 0, test_scale: float = 1.0, resize: float = MARGIN,
                  interpolation: str = "bicubic", crop: tuple[float, float] = (0.08, 1.0), flip: float = 0.5,
                  test_on: str = "test", test_every: int = 1):
-        """`loss`: "soft" cross-entropy, or "bce", summed over the classes (official, mmpretrain, OpenMixup) or with
-        `sum_classes` off their mean (timm); `bce_threshold` above 0 makes targets above it 1 and the others 0.
+        """`loss`: "soft" cross-entropy, or "bce", summed over the classes (OpenMixup, mmpretrain) or with `sum_classes`
+        off their mean (timm); `bce_threshold` above 0 makes targets above it 1 and the others 0.
         `mixup`, `cutmix`: their α, see augment.mixed. `rand_ops` 0: no RandAugment. `repeats`: views of an image in an
         epoch of as many images. `decay_positions`: weight decay on positions and class token too. `ema`: momentum of a
         second, averaged network, over the first `ema_ramp` epochs smaller. `test_scale`: size of test images, in
