@@ -141,6 +141,7 @@ def test_the_rows_of_the_seed_are_our_recipes():
     for row in models.SEED:
         recipe = methods.recipes(row.method)[row.config]
         assert (recipe.backbone, recipe.size, recipe.epochs) == (row.backbone, row.size, row.epochs), row.name
+        assert row.pool == recipe.pool
         assert row.checksum == f"sha256:{row.file[-12:-4]}" or row.url.startswith(models.WESTLAKE)
         if "rgb_m" not in row.name:  # where the file and our recipe differ, and its note says so
             assert ({k: v.shape for k, v in shapes(row.backbone, row.size, tuple(row.numbers.items())).items()}
@@ -738,7 +739,8 @@ def test_our_own_runs_and_exports_say_themselves_what_they_are(run, tmp_path):
         close(features(backbone, images), features(run.backbone(), images))
 
 
-def test_a_source_may_be_a_file_without_a_name_or_a_name_of_the_zoo(run, served, capsys):
+def test_a_source_may_be_a_file_without_a_name_or_a_name_of_the_zoo(served, capsys, monkeypatch):
+    from sslnb.evaluate import train_protocol
     from sslnb.evaluate.sources import open_source
 
     server, path = served
@@ -751,6 +753,10 @@ def test_a_source_may_be_a_file_without_a_name_or_a_name_of_the_zoo(run, served,
         fresh = opened.fresh(48)
         assert not torch.equal(fresh.conv1.weight, backbone.conv1.weight)
         assert fresh.conv1.weight.shape == backbone.conv1.weight.shape, "the same stem, whatever the size"
+    with pytest.raises(InputError, match=r"resnet18 at 20 px, where conv1.weight has the shape \(64, 3, 3, 3\)"):
+        train_protocol("here", "linear_demo", "digits_scattered", path.parent / "run", size=20)
+    monkeypatch.setitem(MODELS, "here", replace(MODELS["here"], pool="mean"))
+    assert open_source(path, seed=0).pool == open_source("here", seed=0).pool == "mean"
 
 
 def test_the_sanity_score_is_what_evaluation_measures_and_knows_fresh_weights(run, capsys):

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from .. import methods
-from ..errors import unknown
+from ..backbones import build
+from ..errors import InputError, unknown
 from ..methods.base import Method
 from ..parts import world
 from ..recipes import Recipe
@@ -62,6 +63,13 @@ class Protocol(Method):
         """The state dict that the recipe's backbone begins with, from the source's backbone, and a sentence about it.
         Errors: InputError if they do not fit, before any work."""
         tensors = backbone.state_dict()
+        with torch.device("meta"):  # a ResNet for more than 64 px has another stem than one that is built for less
+            wanted = build(recipe.backbone, recipe.size, **recipe.backbone_numbers).state_dict()
+        wrong = next((k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape), None)
+        if wrong:
+            raise InputError(f"The source does not fit {recipe.backbone} at {recipe.size} px, where {wrong} has the "
+                             f"shape {tuple(wanted[wrong].shape)} and not {tuple(tensors[wrong].shape)}; give a `size` "
+                             "of the kind that it was made for.")
         return tensors, f"{len(tensors)} tensors of {recipe.backbone} come from the source; the rest is new."
 
     def test(self, run: Run) -> dict[str, Any]:

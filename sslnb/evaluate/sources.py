@@ -93,7 +93,9 @@ def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mappi
         return model
 
     fresh = _seeded(seed, lambda size: zoo.fresh(name, numbers, native, size))
-    return Source(Path(file).name, trained, fresh, architecture=name, numbers=numbers)
+    row = zoo.find(file)
+    return Source(Path(file).name, trained, fresh, pool=row.pool if row else "model", architecture=name,
+                  numbers=numbers)
 
 
 def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: int,

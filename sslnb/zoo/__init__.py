@@ -25,7 +25,7 @@ from .match import Match, check, fit, tensors
 from .models import MODELS, Model, names, of_file
 from .sanity import sanity
 
-__all__ = ["MODELS", "Match", "Model", "fresh", "load", "names", "network", "sanity"]
+__all__ = ["MODELS", "Match", "Model", "find", "fresh", "load", "names", "network", "sanity"]
 
 OURS = ("backbone.safetensors", "model.safetensors")  # of a run directory, of an exported folder
 
@@ -67,6 +67,12 @@ def fresh(name: str, numbers: dict[str, Any], native: int, size: int) -> nn.Modu
     return networks.resized(build(name, native, **numbers), name, numbers, size)[0]
 
 
+def find(source: str | Path) -> Model | None:
+    """The row of a published file, by its name in the zoo or by the name of the file."""
+    path = Path(source).expanduser()
+    return of_file(path.name) if path.is_file() else MODELS.get(str(source))
+
+
 @dataclass
 class _Opened:
     path: Path
@@ -79,14 +85,13 @@ class _Opened:
 
 
 def _open(source: str | Path) -> _Opened:
-    path, row = Path(source).expanduser(), MODELS.get(str(source))
+    path, row = Path(source).expanduser(), find(source)
     if path.is_dir():
         path = next((path / name for name in OURS if (path / name).is_file()), path)
     if path.is_dir():
         raise InputError(f"{path} holds neither {' nor '.join(OURS)}; give a finished run, an exported folder or a "
                          "file.")
     if path.is_file():
-        row = of_file(path.name)
         verify(path, row.checksum if row else "")
     elif not row:
         near = difflib.get_close_matches(str(source), MODELS, n=3, cutoff=0.4)

@@ -33,6 +33,7 @@ class Model:
     layout: str = "plain names"
     licence: str = REPOSITORY
     file: str = ""  # its name on disk
+    pool: str = "model"  # how its method's evaluation pools features, see backbones.features
     note: str = ""
 
 
@@ -104,18 +105,18 @@ SEED = [
           "192_20220316-1d090125.pth", 100, backbone="swin_base_patch4_window7_224", numbers={"window_size": 6},
           size=192),
     _seed("simmim", "vit_base_rgb_m_sz224_8xb128_accu2_step_fp16_ep800", WESTLAKE + "full_simmim_vit_base_rgb_m_sz224_"
-          "8xb128_accu2_step_fp16_ep800.pth", 800, backbone="beit_base_patch16_224", numbers=BEIT,
+          "8xb128_accu2_step_fp16_ep800.pth", 800, backbone="beit_base_patch16_224", numbers=BEIT, pool="mean",
           note="Other than in our recipe, and the official code, it has absolute positions and a table per block."),
     _seed("maskfeat", "vit_base_hog_108_sz224_8xb128_accu2_cos_fp16_ep300", MMLAB + "maskfeat/maskfeat_vit-base-p16_"
-          "8xb256-coslr-300e_in1k_20220913-591d4c4b.pth", 300, backbone=V),
+          "8xb256-coslr-300e_in1k_20220913-591d4c4b.pth", 300, backbone=V, pool="mean"),
     _seed("cae", "vit_base_sz224_8xb64_accu4_cos_fp16_ep300", MMLAB + "cae/cae_vit-base-p16_16xb256-coslr-300e_in1k-"
-          "224_20220427-4c786349.pth", 300, backbone="beit_base_patch16_224", numbers=CAE),
+          "224_20220427-4c786349.pth", 300, backbone="beit_base_patch16_224", numbers=CAE, pool="mean"),
     _seed("a2mim", "r50_l3_sz224_init_8xb256_cos_ep100", WESTLAKE + "full_a2mim_r50_l3_sz224_init_8xb256_cos_ep100.pth",
           100),
     _seed("a2mim", "r50_l3_sz224_init_8xb256_cos_ep300", WESTLAKE + "full_a2mim_r50_l3_sz224_init_8xb256_cos_ep300.pth",
           300),
     _seed("a2mim", "vit_base_l0_sz224_8xb128_accu2_step_ep800", WESTLAKE + "full_a2mim_vit_base_l0_res_fft01_sz224_"
-          "4xb128_accu4_step_fp16_ep800.pth", 800, backbone="beit_base_patch16_224", numbers=BEIT),
+          "4xb128_accu4_step_fp16_ep800.pth", 800, backbone="beit_base_patch16_224", numbers=BEIT, pool="mean"),
 ]
 
 _moco, _moco3, _swav, _dino = "MoCo, official", "MoCo v3, official", "SwAV or DeepCluster-v2, official", "apache-2.0"
@@ -160,7 +161,8 @@ _facebook = [  # name, method, path, epochs, layout, and the rest
        "MAE with its decoder", {"backbone": "vit_large_patch16_224", "licence": "cc-by-nc-4.0"})
       for loss in ("", "_ganloss")),
     *((f"maskfeat_vit_{kind}_1600ep", "maskfeat", f"pyslowfast/masked_models/in1k_VIT_{kind[0].upper()}_MaskFeat_PT_"
-       "epoch_01600.pyth", 1600, "MaskFeat of SlowFast", {"backbone": f"vit_{kind}_patch16_224"})
+       "epoch_01600.pyth", 1600, "MaskFeat of SlowFast", {"backbone": f"vit_{kind}_patch16_224",
+       "pool": "mean"})
       for kind in ("base", "large")),
     *((f"simclr_vissl_{n}ep", "simclr", f"vissl/model_zoo/simclr_rn50_{n}ep_simclr_8node_resnet_16_07_20.{digits}/"
        f"model_final_checkpoint_phase{n - 1}.torch", n, "VISSL", {"file": f"simclr_vissl_{n}ep.torch"})
@@ -184,17 +186,19 @@ OFFICIAL = [
     *(_official(f"ibot_{name}16", "ibot", f"{_ibot}{name}_16/checkpoint_teacher.pth", backbone=timm)
       for name, timm in (("vits", "vit_small_patch16_224"), ("vitb", V))),
     _official("simmim_vit_base_800ep", "simmim", f"{_drive}1dJn6GYkwMIcoP3zqOEyW1_iQfpBi8UOw/view?usp=sharing", 800,
-              _simmim, backbone="beit_base_patch16_224", numbers=SHARED, file="simmim_vit_base_800ep.pth",
-              note=BY_HAND),
+              _simmim, backbone="beit_base_patch16_224", numbers=SHARED, pool="mean",
+              file="simmim_vit_base_800ep.pth", note=BY_HAND),
     *(_official(f"simmim_swin_base_{n}ep", "simmim", f"{_drive}{digits}/view?usp=sharing", n, _simmim, size=192,
                 backbone="swin_base_patch4_window7_224", numbers={"window_size": 6}, note=BY_HAND,
                 file=f"simmim_swin_base_{n}ep.pth")
       for n, digits in ((100, "1Wcbr66JL26FF30Kip9fZa_0lXrDAKP-d"), (800, "15zENvGjHlM71uKQ3d2FbljWPubtrPtjl"))),
     *(_official(f"cae_vit_{kind}", "cae", "https://github.com/lxtGH/CAE", 0, "CAE, official", note=BY_HAND,
-                backbone=f"beit_{kind}_patch16_224", numbers=CAE, file=f"cae_vit_{kind}.pth")
+                backbone=f"beit_{kind}_patch16_224", numbers=CAE, pool="mean",
+                file=f"cae_vit_{kind}.pth")
       for kind in ("base", "large")),
     _official("beit_base_pt22k", "beit", _beit + "beit_base_patch16_224_pt22k.pth", 0, "BEiT, official",
-              backbone="beit_base_patch16_224", numbers=SHARED, note="Expects images of mean and deviation 0.5."),
+              backbone="beit_base_patch16_224", numbers=SHARED, pool="mean",
+              note="Expects images of mean and deviation 0.5."),
     _official("beit_base_pt22k_ft22k", "beit", _beit + "beit_base_patch16_224_pt22k_ft22k.pth",
               backbone="beit_base_patch16_224", numbers={"use_rel_pos_bias": True, "global_pool": "avg"},
               note="Fine-tuned on the labels of ImageNet-22K; expects images of mean and deviation 0.5."),
