@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
-from ..backbones import build
 from ..boxes import Boxes, coco_masks, decoded
 from ..errors import InputError, unknown
 from ..geometry import ImageOp
@@ -138,18 +137,6 @@ class Detector(Protocol):
     def on_source(cls, recipe: Recipe, source: Source, size: int | None) -> Recipe:
         """At the recipe's own size: the canvas must hold the images, whatever the source was trained on."""
         return super().on_source(recipe, source, size or recipe.size)
-
-    @classmethod
-    def starting_point(cls, recipe: Recipe, backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
-        with torch.device("meta"):
-            wanted = build(recipe.backbone, recipe.size, **recipe.backbone_numbers).state_dict()
-        tensors, said = super().starting_point(recipe, backbone)
-        other = next((k for k, v in wanted.items() if k not in tensors or tensors[k].shape != v.shape), None)
-        if other:
-            raise InputError(f"{other} of the source does not fit {recipe.backbone} for images of {recipe.size} px: "
-                             "ResNets for 64 px and less have another first layer. Take a source trained on larger "
-                             "images, or resnet_mini, which is the same for all.")
-        return tensors, said
 
     @classmethod
     def fitted(cls, recipe: Recipe) -> Recipe:
