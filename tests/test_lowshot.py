@@ -240,7 +240,7 @@ def test_rows_say_which_level_was_best_and_which_one_validation_prefers(voc, tmp
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # what does not converge is counted, not warned of
         row = svm(voc, costs=(1.0, 0.0625), levels=("feat2", "feat3"), out=tmp_path)
-    assert row["protocol"] == "svm" and row["source"] == "resnet_mini (untrained)"
+    assert row["protocol"] == "voc07_svm, with costs 2" and row["source"] == "resnet_mini (untrained)"
     assert row["mAP"] == max(row["feat2"]["mAP"], row["feat3"]["mAP"]) == row[row["best_level"]]["mAP"]
     assert row["feat2" if row["chosen"] == "feat3" else "feat3"]["validated"] <= row[row["chosen"]]["validated"]
     targets = voc.targets["test"]
@@ -307,6 +307,7 @@ def test_few_labels_by_hand():
             assert said["cost"] == costs[best] and said["mean"] == pytest.approx(values.mean())
             assert [said["min"], said["max"], said["std"]] == pytest.approx([values.min(), values.max(), values.std()])
     assert row["mAP"] == {k: row["feat1"][k]["mean"] for k in ("2", "8")} and row["best_level"] == "feat1"
+    assert row["protocol"] == "voc07_low_shot, with costs 2, samples 3"
     assert low_shot(made, shots=shots, samples=3, costs=costs, seed=5)["feat1"] == row["feat1"]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import InputError, unknown
 from ..run import append_jsonl
+from .protocol import named
 from .results import result_row
 from .voc07 import VocFeatures, voc_features
 
@@ -100,7 +101,8 @@ def svm(source, data: str | Path | None = None, *, costs: Sequence[float] = COST
                        "costs": dict(zip(voc.classes, best, strict=True)),
                        "unconverged": sum(int(f.n_iter_) >= MOST_STEPS for f in fits)}
     best, chosen = (max(rows, key=lambda level: rows[level][by]) for by in ("mAP", "validated"))
-    return _written(voc, "svm", {"mAP": rows[best]["mAP"], "best_level": best, "chosen": chosen, **rows}, seed, out)
+    name = named("voc07_svm", {} if tuple(costs) == COSTS else {"costs": len(costs)})
+    return _written(voc, name, {"mAP": rows[best]["mAP"], "best_level": best, "chosen": chosen, **rows}, seed, out)
 
 
 # ---------------------------------------------------------------- a few labels
@@ -140,8 +142,10 @@ def low_shot(source, data: str | Path | None = None, *, shots: Sequence[int] = S
         ap = 100 * np.ma.masked_invalid(ap).mean(axis=2).filled(np.nan)
         rows[level] = {str(k): _summary(ap[:, i], costs) for i, k in enumerate(shots)}
     best = max(rows, key=lambda level: np.mean([row["mean"] for row in rows[level].values()]))
-    return _written(voc, "low-shot svm", {"mAP": {k: row["mean"] for k, row in rows[best].items()},
-                                          "best_level": best, **rows}, seed, out)
+    changed = {**({} if tuple(costs) == COSTS else {"costs": len(costs)}),
+               **({} if samples == SAMPLES else {"samples": samples})}
+    numbers = {"mAP": {k: row["mean"] for k, row in rows[best].items()}, "best_level": best, **rows}
+    return _written(voc, named("voc07_low_shot", changed), numbers, seed, out)
 
 
 def _few(x, sample, targets, test, test_targets, costs, seed) -> list[list[float]]:
