@@ -164,6 +164,7 @@ def test_rows_are_found_with_the_run_that_they_judge(run):
     mine = next(r for r in rows if r["source"] == "run")
     assert (mine["method"], mine["epochs"], mine["judged"]) == ("simclr", 1, str(run.path)) and not mine["stale"]
     assert mine["top1"] == run.results()[0]["top1"]
+    assert [r["baseline"] for r in rows if r["source"] != "run"] == [True, True] and not mine["baseline"]
 
 
 def test_a_changed_method_makes_its_numbers_stale(run, tmp_path, monkeypatch):
@@ -180,13 +181,17 @@ def test_a_row_beside_source_and_probe_comes_once(run):
 
 
 def test_published_stands_beside_measured_and_seeds_are_counted():
-    row = {"method": "byol", "epochs": 200, "data": "/data/imagenet", "protocol": "linear_simsiam", "stale": False}
+    row = {"method": "byol", "epochs": 200, "data": "/data/imagenet", "protocol": "linear_simsiam", "stale": False,
+           "baseline": False}
     text = side_by_side([{**row, "top1": 71.0, "trained_seed": 0}, {**row, "top1": 72.0, "trained_seed": 1}])
     (line,) = [line for line in text.splitlines() if line.startswith("byol")]
     assert line.split() == [
         "byol", "200", "imagenet", "linear_simsiam", "71.5", "0", "1", "71.88", "(200", "epochs),", "72.93", "(300",
         "epochs)"]
     assert "–" in side_by_side([{**row, "protocol": "linear_demo", "top1": 1.0, "trained_seed": 0}])
+    near = {**row, "protocol": "knn k20 t0.07", "top1": 60.0, "trained_seed": 0}
+    assert side_by_side([near, {**near, "top1": 10.0, "baseline": True}]).splitlines()[1].split()[6:] == [
+        "60.0", "0", "64.2", "(200", "epochs),", "66.3", "(300", "epochs)"]
 
 
 def test_executed_notebooks_name_their_runs(tmp_path):

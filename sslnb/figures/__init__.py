@@ -14,6 +14,7 @@ from .protocols import (
     depths,
     frames,
     margins,
+    pairs,
     precision_recall,
     spread,
     things,

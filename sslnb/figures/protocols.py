@@ -200,3 +200,18 @@ def class_lines(values: Mapping[str, Mapping[str, float]], xlabel: str, title: s
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
+
+
+def pairs(values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str, ylabel: str, title: str = "") -> Figure:
+    """Two numbers of each thing against each other: {group: {name: (x, y)}}, names written beside the points."""
+    fig, ((ax,),) = panels(1, 1, 6.5, 3.6, title)
+    for i, (group, points) in enumerate(values.items()):
+        x, y = zip(*points.values(), strict=True)
+        ax.scatter(x, y, color=COLORS[i % 8], marker=MARKERS[i % 10], label=group, s=30)
+        for name, at in points.items():
+            ax.annotate(f" {name}", at, fontsize=8, va="center")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.3)
+    ax.margins(x=0.15)
+    ax.legend(frameon=False, fontsize=8)
+    return fig

@@ -62,7 +62,9 @@ def published(**wanted: Any) -> list[Published]:
 
 def measured(folder: str | Path) -> list[dict[str, Any]]:
     """Every row of every results.jsonl below a folder, newest first: what it says, and of the run that it judges
-    `method`, `recipe`, `epochs`, `backbone`, `judged` (its directory) and `stale`.
+    `method`, `recipe`, `epochs`, `backbone`, `judged` (its directory), `baseline` and `stale`.
+
+    `baseline`: the row is of fresh weights or raw pixels, which stand beside what is judged.
 
     `stale`: the code of the method is not what it was when the network was trained, or nothing says what it was. A row
     that stands beside its source and beside its protocol's run comes once.
@@ -74,14 +76,15 @@ def measured(folder: str | Path) -> list[dict[str, Any]]:
             key = (row["source"], row["data"], row["protocol"], row["seed"], row["time"])
             judged = run if run and Path(row.get("run", "")).resolve() != file.parent.resolve() else None
             if key not in rows or judged:
-                rows[key] = {**row, **(_of_run(judged) if judged else {}), "file": str(file)}
+                rows[key] = {**row, **(_of_run(judged, row) if judged else {}), "file": str(file)}
     return sorted(rows.values(), key=lambda row: row["time"], reverse=True)
 
 
-def _of_run(run: Run) -> dict[str, Any]:
+def _of_run(run: Run, row: Mapping[str, Any]) -> dict[str, Any]:
     recipe, trained = run.recipe, [start.get("code") for start in run.provenance()]
     return {"method": recipe.method, "recipe": recipe.name, "epochs": recipe.epochs, "backbone": recipe.backbone,
             "batch": recipe.total_batch, "judged": str(run.path), "trained_seed": run.seed,
+            "baseline": row["source"] != run.path.name,
             "stale": not trained or set(trained) != {code_of(recipe.method)}}
 
 
@@ -106,13 +109,14 @@ def side_by_side(ours: Sequence[Mapping[str, Any]], metric: str = "top1") -> str
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in ours:
-        if metric in row and "method" in row:
+        if metric in row and "method" in row and not row["baseline"]:
             groups.setdefault((row["method"], row["epochs"], row["data"], row["protocol"]), []).append(row)
     lines = [["method", "epochs", "data", "protocol", "measured (%)", "seeds", "published on ImageNet (%)"]]
     for (method, epochs, data, protocol), rows in sorted(groups.items()):
         mean = sum(row[metric] for row in rows) / len(rows)
         stale = "  stale" if any(row["stale"] for row in rows) else ""
-        theirs = [p for p in published(method=method, metric=metric) if p.protocol == protocol.split(",")[0]]
+        theirs = published(method=method, protocol="knn", metric="top1 k20") if protocol == "knn k20 t0.07" else \
+            published(method=method, protocol=protocol.split(",")[0], metric=metric)
         said = ", ".join(f"{p.value:g}{'*' if p.flag else ''} ({p.epochs} epochs)" for p in theirs)
         lines.append([method, str(epochs), Path(data).name, protocol, f"{mean:.1f}{stale}",
                       " ".join(sorted({str(row["trained_seed"]) for row in rows})), said or "–"])
