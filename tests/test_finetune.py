@@ -664,6 +664,18 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(source, tmp_
     assert any(not torch.equal(v, a[k.replace("average.0", "backbone")]) for k, v in a.items() if "average.0" in k)
 
 
+@pytest.mark.distributed
+def test_two_processes_train_as_one_with_the_whole_batch(source, tmp_path):
+    """Batch norm sees both halves, and the averaged network follows in each process."""
+    changes = dict(steps=3, optimizer="sgd", lr=0.05, warmup_steps=0, ema=0.5)
+    rows = [train_protocol(source, "finetune_demo", out=tmp_path / str(n), processes=n, **changes) for n in (1, 2)]
+    one, two = (Run.open(tmp_path / str(n)) for n in (1, 2))
+    assert (two.recipe.gpus, two.recipe.batch) == (2, 16) and rows[0]["n"] == rows[1]["n"] == 497
+    theirs = two.method().state_dict()
+    assert all(torch.allclose(v.float(), theirs[k].float(), atol=1e-4) for k, v in one.method().state_dict().items())
+    assert rows[0]["top1"] == pytest.approx(rows[1]["top1"], abs=0.5)
+
+
 def test_the_epoch_of_a_run_holds_every_third_image_three_times(source, tmp_path):
     recipe = DEMO.with_(data="few_digits", batch=32, repeats=3, start=str(start_of(source, tmp_path)))
     method = prepare(recipe, out=tmp_path / "run").recipe.build()

@@ -38,8 +38,6 @@ EMA_FROM = 0.9  # OpenMixup's ramp of the momentum begins at this share of it
 
 
 class FineTune(Supervised):
-    sync_bn = True
-
     def __init__(self, backbone: nn.Module, *, classes: int = 1000, start: str = "", pool: str = "model",
                  head_std: float = 2e-5, loss: str = "soft", sum_classes: bool = True, bce_threshold: float = 0.0,
                  mixup: float = 0.8, cutmix: float = 1.0, switch_prob: float = 0.5, smoothing: float = 0.1,
