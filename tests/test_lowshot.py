@@ -308,6 +308,7 @@ def test_few_labels_by_hand():
             assert [said["min"], said["max"], said["std"]] == pytest.approx([values.min(), values.max(), values.std()])
     assert row["mAP"] == {k: row["feat1"][k]["mean"] for k in ("2", "8")} and row["best_level"] == "feat1"
     assert row["protocol"] == "voc07_low_shot, with costs 2, samples 3"
+    assert row["cost_chosen_on"].startswith("test images")
     assert low_shot(made, shots=shots, samples=3, costs=costs, seed=5)["feat1"] == row["feat1"]
 
 
