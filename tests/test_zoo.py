@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import types
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -558,8 +559,11 @@ def test_commands_deep_in_byols_containers_do_not_run(tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-def test_openmmlabs_logs_are_swallowed_without_openmmlab(tmp_path, monkeypatch):
-    """A HistoryBuffer as mmengine pickles it: arrays, and its own methods, which pickle writes as getattr."""
+@pytest.mark.parametrize("zipped", [True, False])
+def test_openmmlabs_logs_are_swallowed_without_openmmlab(zipped, tmp_path, monkeypatch):
+    """A HistoryBuffer as mmengine pickles it: arrays, and its own methods, which pickle writes as getattr; and a
+    dictionary of a kind of its own, as yacs has. (Those of mmengine 0.10.7, yacs 0.1.8, omegaconf 2.4.0 and addict
+    2.4.0 themselves were read in the same way when this was written.)"""
     module = types.ModuleType("mmengine.logging.history_buffer")
 
     class HistoryBuffer:
@@ -575,13 +579,18 @@ def test_openmmlabs_logs_are_swallowed_without_openmmlab(tmp_path, monkeypatch):
     HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
     HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = module.__name__, "HistoryBuffer.mean"
     module.HistoryBuffer = HistoryBuffer
-    for name in ("mmengine", "mmengine.logging", module.__name__):
+    module.CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    names = ("mmengine", "mmengine.logging", module.__name__, "yacs", "yacs.config")
+    for name in names:
         monkeypatch.setitem(sys.modules, name, module)
+    config = module.CfgNode(A=module.CfgNode(B=1))
+    config.__dict__["__immutable__"] = True
     resnet = build("resnet18", 224)
     torch.save({"meta": {"epoch": 3, "cfg": "text"}, "state_dict": below("backbone.", resnet.state_dict()),
-                "message_hub": {"log_scalars": {"train/loss": HistoryBuffer()}}, "lr": np.float64(0.1)},
-               tmp_path / "mm.pth")
-    for name in ("mmengine", "mmengine.logging", module.__name__):
+                "message_hub": {"log_scalars": {"train/loss": HistoryBuffer()}}, "lr": np.float64(0.1),
+                "args": Namespace(lr=0.1), "config": config},
+               tmp_path / "mm.pth", _use_new_zipfile_serialization=zipped)
+    for name in names:
         monkeypatch.delitem(sys.modules, name)
     backbone, match = zoo.load(tmp_path / "mm.pth")
     assert torch.equal(backbone.conv1.weight, resnet.conv1.weight) and match.backbone == "resnet18"

@@ -1,14 +1,15 @@
 """Weights out of files, safely: nothing that a file says is ever executed.
 
 Pickles are read by torch's `weights_only` unpickler, which makes tensors and plain values alone. Files of OpenMMLab and
-of official repositories also hold a few objects that say how they were made; ALLOWED names them, and stand-ins without
-behaviour take their place: nothing by these names is imported or called. Whatever else a file asks for is refused, and
-the sentence says what it was. BYOL's JAX file is no torch file; haiku.py reads it under the same rule.
+of official repositories also hold a few objects that say how they were made; ALLOWED and DICTIONARIES name them, and
+stand-ins without behaviour take their place: nothing by these names is imported or called. Whatever else a file asks
+for is refused, and the sentence says what it was. BYOL's JAX file is no torch file; haiku.py reads it by the same rule.
 """
 
 import pickle
 import re
 from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ class StandIn:
         pass
 
 
+# Metadata in published files: how a run was logged or configured, never a tensor. Each by the name that pickle uses.
+ALLOWED = (
+    "mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.Config", "mmcv.utils.config.Config",
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata",
+                                       "base.Metadata", "nodes.AnyNode", "nodes.StringNode", "nodes.IntegerNode",
+                                       "nodes.FloatNode", "nodes.BooleanNode")),
+    # A HistoryBuffer is pickled with its statistics, methods of the class: pickle asks for them by getattr. The
+    # stand-in that it gets looks nothing up. The others are named as types in omegaconf's metadata.
+    "builtins.getattr", "builtins.list", "builtins.dict", "builtins.int", "typing.Any", "collections.defaultdict",
+)
+# Dictionaries with manners of their own, which become plain ones: torch's unpickler fills no other kind. SimMIM's
+# official code saves a CfgNode beside the weights.
+DICTIONARIES = ("yacs.config.CfgNode", "addict.addict.Dict", "mmcv.utils.config.ConfigDict",
+                "mmengine.config.config.ConfigDict")
+
+
 def _allowed() -> list:
     import numpy as np
 
@@ -34,16 +51,8 @@ def _allowed() -> list:
     for name in ("numpy._core.multiarray", "numpy.core.multiarray"):
         numbers += [(np._core.multiarray.scalar, f"{name}.scalar"),
                     (np._core.multiarray._reconstruct, f"{name}._reconstruct")]
-    return [Namespace, np.ndarray, *numbers, *((StandIn, name) for name in ALLOWED)]
-
-
-ALLOWED = (  # metadata in published files; how a run was logged or configured, never a tensor
-    "mmengine.logging.history_buffer.HistoryBuffer", "mmcv.utils.config.Config", "mmcv.utils.config.ConfigDict",
-    "mmengine.config.config.ConfigDict", "omegaconf.dictconfig.DictConfig", "omegaconf.base.ContainerMetadata",
-    # A HistoryBuffer is pickled with its statistics, methods of the class: pickle asks for them by getattr. The
-    # stand-in that it gets looks nothing up.
-    "builtins.getattr",
-)
+    return [Namespace, np.ndarray, *numbers, *((StandIn, name) for name in ALLOWED),
+            *((OrderedDict, name) for name in DICTIONARIES)]
 
 
 def read(path: str | Path) -> Any:
