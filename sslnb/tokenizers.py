@@ -7,6 +7,7 @@ gradient reaches a tokenizer. Its buffers are in the method's checkpoint, never 
 | name in a recipe | what it is |
 |---|---|
 | `kmeans` | the nearest of `vocab_size` cluster centres of cells of the training images, clustered in seconds |
+| `dvae` | a small discrete VAE that starts there and trains for some seconds more: dvae.py |
 | a file `….pth` | the dVAE of DALL-E (arXiv 2102.12092), 8192 codes, cells of 8 px: CAE's and BEiT's own |
 | `brightness` | the mean brightness of a cell in `vocab_size` steps; nothing to learn, for tests |
 """
@@ -38,13 +39,18 @@ def build(name: str, vocab_size: int, cell: int) -> "Tokenizer":
     """The tokenizer of a recipe, not ready yet: `fit` makes it so. Errors: InputError for a name that is none."""
     if name == "kmeans":
         return KMeans(vocab_size, cell)
+    if name == "dvae":
+        from .dvae import DVAE
+
+        return DVAE(vocab_size, cell)
     if name == "brightness":
         return Brightness(vocab_size, cell)
     if Path(name).suffix == ".pkl":
         raise InputError(f"tokenizer {name!r} is a pickled module, and to unpickle is to run whatever code the file "
                          f"holds; give {ENCODER}.")
     if Path(name).suffix not in (".pth", ".pt"):
-        unknown("tokenizer (kmeans, brightness, or a file dalle_encoder.pth)", name, ["kmeans", "brightness"])
+        unknown("tokenizer (kmeans, dvae, brightness, or a file dalle_encoder.pth)", name,
+                ["kmeans", "dvae", "brightness"])
     if (vocab_size, cell) != (8192, 8):
         raise InputError(f"tokenizer {name!r} has 8192 codes for cells of 8 px, not {vocab_size} for {cell} px; leave "
                          "vocab_size and cell as they are by default.")
@@ -72,6 +78,15 @@ class Tokenizer(nn.Module):
     def decode(self, tokens: Tensor) -> Tensor:
         """(B, side²) -> images (B, 3, side * cell, side * cell), with values as in the second view."""
         raise NotImplementedError
+
+
+def some_of(images, count: int, seed: int) -> list:
+    """Up to `count` of the images that can be read, drawn by `seed`."""
+    chosen = []
+    for i in torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count].tolist():
+        with contextlib.suppress(BrokenImage):
+            chosen.append(images[i])
+    return chosen
 
 
 def second_view(images: Tensor, size: int) -> Tensor:
@@ -116,12 +131,8 @@ class KMeans(Tokenizer):
 
     @torch.no_grad()
     def fit(self, images, view: Callable[[list], Tensor], seed: int) -> None:
-        chosen = []
-        for i in torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:CLUSTERED].tolist():
-            with contextlib.suppress(BrokenImage):
-                chosen.append(images[i])
         # Equal cells count once: of 256 words for clothes 40 would be black, for a quarter of all cells is.
-        cells = patchify(view(chosen), self.cell).flatten(0, 1).to(self.centres).unique(dim=0)
+        cells = patchify(view(some_of(images, CLUSTERED, seed)), self.cell).flatten(0, 1).to(self.centres).unique(dim=0)
         centres, _ = clustering.kmeans(cells, self.vocab_size, seed=seed)
         self.centres.copy_(agreed(centres))
         self.ready.fill_(True)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sslnb import data
+from sslnb import data, pretrain
+from sslnb.dvae import DVAE
 from sslnb.errors import InputError
 from sslnb.masking import patchify
 from sslnb.tokenizers import SECOND_VIEW, Dalle, DalleDecoder, DalleEncoder, KMeans, build, first_view, second_view
@@ -264,3 +265,71 @@ def test_a_tokenizer_is_built_on_the_meta_device_without_work():
         for name in ("kmeans", "brightness"):
             build(name, 16, 4)
         assert isinstance(build("nowhere.pth", 8192, 8), Dalle)
+
+
+# The small dVAE
+
+@pytest.fixture(scope="module")
+def trained():
+    images = data.load("fashion_small").subset(range(1000))
+    vae = build("dvae", 64, 4)
+    state = torch.get_rng_state()
+    vae.fit(images, pictures, seed=0)
+    assert torch.equal(state, torch.get_rng_state()), "nobody's random state is touched"
+    return vae, images
+
+
+def error(tokenizer, x):
+    return float((tokenizer.decode(tokenizer.tokenize(x)) - x).square().mean())
+
+
+def test_before_it_learns_a_dvae_is_k_means(fitted, clothes):
+    vae = DVAE(32, 4)
+    vae.centres.copy_(fitted.centres)
+    assert torch.equal(vae.tokenize(clothes[1]), fitted.tokenize(clothes[1]))
+    assert torch.allclose(vae.decode(vae.tokenize(clothes[1])), fitted.decode(fitted.tokenize(clothes[1])), atol=1e-6)
+
+
+def test_a_trained_dvae_draws_clothes_it_has_never_seen_better_than_k_means(trained):
+    vae, images = trained
+    plain = KMeans(64, 4)
+    plain.fit(images, pictures, seed=0)
+    test = data.load("fashion_small", "test")
+    x = pictures([test[i] for i in range(200)])
+    assert error(vae, x) < 0.92 * error(plain, x)
+    assert len(vae.tokenize(x).unique()) > 50, "nearly all words are in use"
+    assert vae.ready and not any(p.requires_grad for p in vae.parameters())
+
+
+def test_the_loss_of_a_dvae_by_hand():
+    vae = DVAE(5, 2)
+    torch.nn.init.normal_(vae.see[-1].weight), torch.nn.init.normal_(vae.paint[-1].weight)
+    x = torch.rand(3, 3, 4, 4)
+    logits = vae.logits(x)
+    torch.manual_seed(3)
+    soft = F.gumbel_softmax(logits, 0.7, dim=-1)
+    torch.manual_seed(3)
+    g = -torch.empty_like(logits).exponential_().log()
+    assert torch.allclose(soft, ((logits + g) / 0.7).softmax(-1), atol=1e-6)
+    share = logits.softmax(-1)
+    kl = sum(float(p * (p.log() + torch.tensor(5.0).log())) for p in share.flatten()) / 12
+    torch.manual_seed(3)
+    by_hand = float((vae.draw(soft) - x).square().mean()) + 1e-4 * kl
+    assert float(vae.loss(x, 0.7)) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_a_choice_sees_the_neighbouring_cells_and_no_others(trained):
+    vae = trained[0]
+    x = torch.rand(1, 3, 28, 28)
+    y = x.clone()
+    y[..., :4, :4] = 0.5
+    changed = ((vae.logits(x) - vae.logits(y)).abs().amax(-1) > 1e-6).view(7, 7)
+    assert changed[:2, :2].all() and not changed[2:].any() and not changed[:, 2:].any()
+
+
+def test_cae_trains_on_a_dvae_and_its_checkpoint_holds_it(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr("sslnb.dvae.STEPS", 2)
+    run = pretrain(tiny("cae", data="few_digits", size=28, tokenizer="dvae", vocab_size=16), out=tmp_path / "run")
+    vae = run.method().tokenizer
+    assert type(vae) is DVAE and vae.ready and vae.paint[-1].weight.abs().max() > 0
+    assert not any("tokenizer" in name for name in run.backbone().state_dict())
