@@ -11,6 +11,7 @@ import threading
 import types
 from argparse import Namespace
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -432,20 +433,51 @@ class FlatMapping(dict):
         return FlatMapping, (dict(self),)
 
 
-class _ByolExperimentState(tuple):
-    def __reduce__(self):
-        return _ByolExperimentState, (tuple(self),)
+class _ByolExperimentState(NamedTuple):
+    online_params: object
+    target_params: object
+    online_state: object
+    target_state: object
+    opt_state: object = ()
 
 
-def pickled(path, found, monkeypatch):
+class Dill(pickle.Pickler):
+    """Says three things in dill's words: a class of named tuples, a module, a function in it. (Files that dill 0.3.1.1,
+    0.3.2 and 0.3.8 themselves wrote were read when this was written.)"""
+
+    def reducer_override(self, obj):
+        if obj is _ByolExperimentState:
+            return _create_namedtuple, (obj.__name__, obj._fields, obj.__module__)
+        if isinstance(obj, ModuleName):
+            return _import_module, (obj.name,)
+        if obj is np._core.multiarray._reconstruct:
+            return _get_attr, (ModuleName("numpy.core._multiarray_umath"), "_reconstruct")
+        return NotImplemented
+
+
+class ModuleName:
+    def __init__(self, name):
+        self.name = name
+
+
+def _create_namedtuple(*_): ...
+def _import_module(*_): ...
+def _get_attr(*_): ...
+
+
+def pickled(path, found, monkeypatch, pickler=pickle.Pickler):
     """A pickle whose classes say that they are of haiku and byol, which are not installed when it is read."""
     pair = types.SimpleNamespace(FlatMapping=FlatMapping, _ByolExperimentState=_ByolExperimentState)
-    names = ("haiku", "haiku._src", "haiku._src.data_structures", "byol", "byol.byol_experiment")
+    names = ("haiku", "haiku._src", "haiku._src.data_structures", "byol", "byol.byol_experiment", "dill", "dill._dill")
+    for word in (_create_namedtuple, _import_module, _get_attr):
+        setattr(pair, word.__name__, word)
+        monkeypatch.setattr(word, "__module__", "dill._dill")
     for name in names:
         monkeypatch.setitem(sys.modules, name, pair)
     monkeypatch.setattr(FlatMapping, "__module__", "haiku._src.data_structures")
     monkeypatch.setattr(_ByolExperimentState, "__module__", "byol.byol_experiment")
-    path.write_bytes(pickle.dumps(found, protocol=4))
+    with open(path, "wb") as file:
+        pickler(file, protocol=2 if pickler is Dill else 4).dump(found)
     for name in names:
         monkeypatch.delitem(sys.modules, name)
 
@@ -481,13 +513,14 @@ def haiku_tree(scale):
     return params, stats
 
 
-def test_byols_file_fills_a_resnet_without_jax(home, monkeypatch):
+@pytest.mark.parametrize("pickler", [pickle.Pickler, Dill])
+def test_byols_file_fills_a_resnet_without_jax(pickler, home, monkeypatch):
     params, stats = haiku_tree(1)
     target = {name: {key: value + 1 for key, value in group.items()} for name, group in params.items()}
     as_haiku = [FlatMapping({name: FlatMapping(group) for name, group in tree.items()})
                 for tree in (params, target, stats, stats)]
-    pickled(home / "pretrain_res50x1.pkl", {"experiment_state": _ByolExperimentState(as_haiku), "step": 5,
-                                            "rng": np.zeros(2, "u4")}, monkeypatch)
+    pickled(home / "pretrain_res50x1.pkl", {"experiment_state": _ByolExperimentState(*as_haiku), "step": 5,
+                                            "rng": np.zeros(2, "u4")}, monkeypatch, pickler)
     backbone, match = zoo.load("byol_resnet50_1000ep")
     state = backbone.state_dict()
     assert len(match.taken) == 265 and match.leftover == ["projector/~/linear/w", "projector/~/linear/b"]
@@ -522,6 +555,13 @@ class EvilWords(Evil):
         return eval, (f"open({str(self.marker)!r}, 'w').close()",)
 
 
+class EvilDill(Dill):
+    """Asks for the command as the attribute of a module, which a reader that looks attributes up would hand out."""
+
+    def reducer_override(self, obj):
+        return (_get_attr, (ModuleName("os"), "system")) if obj is os.system else super().reducer_override(obj)
+
+
 @pytest.mark.parametrize("kind", [Evil, EvilWords])
 @pytest.mark.parametrize("wrap", [lambda e: e, lambda e: {"state_dict": {"conv1.weight": ONE, "x": e}},
                                   lambda e: {"meta": e, "state_dict": {"conv1.weight": ONE}},
@@ -543,11 +583,13 @@ def test_a_command_in_a_pickle_does_not_run(kind, wrap, tmp_path):
 
 def test_commands_deep_in_byols_containers_do_not_run(tmp_path, monkeypatch):
     marker = tmp_path / "ran"
-    for found in (FlatMapping({"a/b": Evil(marker)}), _ByolExperimentState([FlatMapping({"a": [Evil(marker)]})])):
-        pickled(tmp_path / "evil.pkl", {"experiment_state": found}, monkeypatch)
-        with pytest.raises(InputError, match=r"asks for (posix|os)\.system"):
-            zoo.load(tmp_path / "evil.pkl")
-        assert not marker.exists()
+    for pickler in (pickle.Pickler, Dill, EvilDill):
+        nested = FlatMapping({"a": [Evil(marker)]})
+        for found in (FlatMapping({"a/b": Evil(marker)}), _ByolExperimentState(0, 0, nested, 0)):
+            pickled(tmp_path / "evil.pkl", {"experiment_state": found}, monkeypatch, pickler)
+            with pytest.raises(InputError, match=r"asks for (posix|os)\.system"):
+                zoo.load(tmp_path / "evil.pkl")
+            assert not marker.exists()
     inner = pickle.dumps(Evil(marker))
     for call in ((np._core.multiarray.scalar, (np.dtype(object), inner)), (eval, ("1",))):
         hidden = type("Hidden", (), {"__reduce__": lambda self, call=call: call})

@@ -4,8 +4,9 @@ A pickle may ask for any function by name and call it. This reader hands out wha
 nothing else that is real; for names of JAX's libraries and of BYOL's own code it hands out a Record, which keeps what
 it is given and does nothing. So no library is imported for a file, and no function of one is called.
 
-The state that BYOL's code saves (byol_experiment.py) has, in this order, online_params, target_params, online_state,
-target_state, opt_state: the first group of weights and the first of statistics belong to the online network.
+The state that BYOL's code saves (byol_experiment.py; by dill, in checkpointing.py) has, in this order, online_params,
+target_params, online_state, target_state, opt_state: the first group of weights and the first of statistics belong to
+the online network. Haiku's containers are pickled as their class, called with a plain dict (data_structures.py).
 """
 
 import pickle
@@ -60,20 +61,55 @@ def array(kind: Any, shape: Any, code: Any) -> np.ndarray:
     return np.ndarray((0,), np.int8)
 
 
+# dill, with which BYOL's code saves, writes some of this in its own words: named tuples by their fields, functions as
+# the attribute of a module, in later versions whole arrays. Its words are understood here; dill is not.
+
+
+def named_tuple(name: str, fields: Any, module: str) -> type[Record]:
+    return Record
+
+
+class Module(str):
+    """The name of a module, which is not imported."""
+
+    def __new__(cls, name: str, safe: bool = False) -> "Module":
+        return super().__new__(cls, name)
+
+
+def attribute(module: Module, name: str) -> Any:
+    if not isinstance(module, Module) or not isinstance(name, str):
+        raise pickle.UnpicklingError(f"the attribute {name!r} of something that is no module")
+    return resolve(module, name)
+
+
+def whole_array(make: Any, arguments: Any, state: Any, attributes: Any = None) -> np.ndarray:
+    empty = array(*arguments)  # whatever it was that should have made it
+    empty.__setstate__(state)
+    return empty
+
+
 REAL = {("collections", "OrderedDict"): OrderedDict, ("numpy", "dtype"): np.dtype, ("numpy", "ndarray"): np.ndarray,
-        ("_codecs", "encode"): latin1}
-for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+        ("_codecs", "encode"): latin1, ("dill._dill", "_create_namedtuple"): named_tuple,
+        ("dill._dill", "_import_module"): Module, ("dill._dill", "_get_attr"): attribute,
+        ("dill._dill", "_create_array"): whole_array}
+for _module in ("numpy.core.multiarray", "numpy._core.multiarray",
+                "numpy.core._multiarray_umath", "numpy._core._multiarray_umath"):
     REAL |= {(_module, "scalar"): scalar, (_module, "_reconstruct"): array}
 STAND_INS = ("byol", "haiku", "jax", "jaxlib", "optax")
 
 
+def resolve(module: str, name: str) -> Any:
+    """What a pickle gets for a name."""
+    if (module, name) in REAL:
+        return REAL[module, name]
+    if module.partition(".")[0] in STAND_INS:
+        return Record
+    raise pickle.UnpicklingError(f"{module}.{name}")
+
+
 class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in REAL:
-            return REAL[module, name]
-        if module.partition(".")[0] in STAND_INS:
-            return Record
-        raise pickle.UnpicklingError(f"{module}.{name}")
+        return resolve(module, name)
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
