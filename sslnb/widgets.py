@@ -136,7 +136,8 @@ def mask_board(draw: Callable[[torch.Tensor], Figure], noise: Mapping[int, torch
 def masking(sources: Mapping[str, object], image=None, mask_ratio: float = 0.6, seed: int = 0):
     """Masked methods side by side, all on the same image under the same mask; one column each.
 
-    `sources`: name -> a Run, the path of a run directory, or a Masked method. `image`: a PIL image or the path of one,
+    `sources`: name -> a Run, the path of a run directory, a published file of MAE that holds its decoder, or a Masked
+    method. `image`: a PIL image or the path of one,
     such as your own; None: a photograph. Sliders for the ratio and the size of squares, a board to click, amplitudes
     instead of pictures, and an upload. Headless: the figure. Errors: InputError if methods have different image sizes,
     or a source has no decoder.
@@ -159,13 +160,14 @@ def masking(sources: Mapping[str, object], image=None, mask_ratio: float = 0.6, 
 
 
 def painter(source) -> Masked:
-    """The whole masked method of a run, its path, or a method itself: what can paint."""
+    """The whole masked method of a run, its path, a file of MAE with its decoder, or a method itself."""
     from .run import Run
 
     if isinstance(source, str | Path):
         if Path(source).is_file():
-            raise InputError(f"{source} is a file of weights, and those of an encoder cannot paint: the decoder or "
-                             "head that makes pictures is missing there. Give the run directory of a masked method.")
+            from .zoo import painters
+
+            return painters.painter(source)
         source = Run.open(source)
     method = source.method() if isinstance(source, Run) else source
     if not isinstance(method, Masked):

@@ -8,11 +8,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import save_file
 from test_widgets import find, picture
 
-from sslnb import figures, methods, pretrain, widgets
+from sslnb import backbones, figures, methods, pretrain, widgets
 from sslnb.errors import InputError
 from sslnb.masking import regrid
+from sslnb.methods.mae import MAE
+from sslnb.zoo.painters import painter
 
 NAMES = [name for name in ("mae", "simmim", "maskfeat", "a2mim", "inpainting") if name in methods.METHODS]
 
@@ -117,7 +120,7 @@ def test_a_path_is_an_image_too_and_a_wrong_one_is_named(painters, tmp_path):
 
 
 def test_what_cannot_paint_is_refused_in_a_sentence(painters, tmp_path):
-    (tmp_path / "backbone.safetensors").write_bytes(b"weights")
+    save_file(painters["mae"].backbone.state_dict(), tmp_path / "backbone.safetensors")
     with pytest.raises(InputError, match="the decoder or head that makes pictures is missing"):
         widgets.masking({"encoder": tmp_path / "backbone.safetensors"})
     with pytest.raises(InputError, match="SimCLR hides no part of an image"):
@@ -132,3 +135,53 @@ def test_a_run_and_its_path_are_sources(tmp_path):
     fig = widgets.masking({"run": run, "path": tmp_path})
     painted = [np.asarray(fig.axes[i].images[0].get_array()) for i in (6, 7)]
     assert np.array_equal(*painted)
+
+
+# ---------------------------------------------------------------- published files that can paint
+
+
+OFFICIAL = (("embed.", "decoder_embed."), ("mask_token", "mask_token"), ("position", "decoder_pos_embed"),
+            ("blocks.", "decoder_blocks."), ("norm.", "decoder_norm."), ("predict.", "decoder_pred."))
+MM_BLOCK = (("norm1", "ln1"), ("norm2", "ln2"), ("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1"))
+
+
+def published(method, openmmlab: bool) -> dict:
+    """The state dict of a MAE under the names of its official code, or of OpenMMLab."""
+    state = {}
+    for name, tensor in method.backbone.state_dict().items():
+        for ours, theirs in MM_BLOCK if openmmlab else ():
+            name = name.replace(ours, theirs)
+        if openmmlab:
+            name = name.replace("blocks.", "layers.").replace("patch_embed.proj", "patch_embed.projection")
+            name = f"backbone.{name}".replace("backbone.norm.", "backbone.ln1.")
+        state[name] = tensor
+    for name, tensor in method.decoder.state_dict().items():
+        ours, theirs = next(pair for pair in OFFICIAL if name.startswith(pair[0]))
+        name = name.replace(ours, theirs, 1)
+        for part, other in MM_BLOCK if openmmlab else ():
+            name = name.replace(part, other)
+        state["neck." * openmmlab + name.replace("decoder_norm", "ln1" if openmmlab else "decoder_norm")] = tensor
+    return state
+
+
+@pytest.mark.parametrize("openmmlab", [False, True], ids=["official", "OpenMMLab"])
+def test_a_published_mae_with_its_decoder_paints_as_it_did(tmp_path, openmmlab):
+    torch.manual_seed(0)
+    mae = MAE(backbones.build("vit_tiny_patch16_224", 224), decoder_dim=32, decoder_depth=2).eval()
+    for p in mae.parameters():  # as if trained: also what starts at zero or the same everywhere
+        p.data.add_(0.02 * torch.randn_like(p))
+    file = tmp_path / ("mae.pth" if openmmlab else "mae_visualize.pth")
+    torch.save({"state_dict" if openmmlab else "model": published(mae, openmmlab)}, file)
+    theirs = painter(file)
+    assert theirs.norm_pix == openmmlab and not theirs.training
+    images, mask = torch.randn(1, 3, 224, 224), mae.draw_mask(1)
+    with torch.no_grad():
+        assert torch.allclose(theirs.reconstruct(images, mask), mae.reconstruct(images, mask), atol=1e-5)
+    assert widgets.painter(file).decoder.embed.weight.shape == (32, 192)
+
+
+def test_a_decoder_of_another_build_is_refused(tmp_path):
+    state = published(MAE(backbones.build("vit_tiny_patch16_224", 224), decoder_dim=32, decoder_depth=1), False)
+    torch.save({"model": {k: v for k, v in state.items() if k != "decoder_norm.bias"}}, tmp_path / "mae.pth")
+    with pytest.raises(InputError, match="holds a decoder of another build: norm.bias does not fit"):
+        painter(tmp_path / "mae.pth")
