@@ -677,7 +677,7 @@ def test_table():
         return {"source": source, "protocol": protocol, "top1": top1, "interval": [top1 - 2, top1 + 2]}
 
     text = table([row("run", "knn", 80.0), row("run", "linear", 88.06), row("raw pixels", "knn", 9.0),
-                  row("run", "knn", 81.0)],
+                  row("run", "knn", 81.0), {"source": "run", "protocol": "voc07_svm", "mAP": 70.0}],
                  [{"top1": 74.5, "protocol": "knn k20, ImageNet", "source": "dino README"}])
     assert text.splitlines() == [
         "features    knn                linear",

@@ -50,10 +50,11 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
     """Rows of `evaluate` as aligned text: features down, protocols across, "88.1 [86.0, 89.9]" in %.
 
-    A later row replaces an earlier one of the same features and protocol. `published` numbers (dicts with
-    `top1`, `protocol`, `source`) come below, in lines of their own: they belong to other data and protocols
-    than the cells above.
+    A later row replaces an earlier one of the same features and protocol; rows without an accuracy and its interval,
+    such as those of detectors, are left out. `published` numbers (dicts with `top1`, `protocol`, `source`) come below,
+    in lines of their own: they belong to other data and protocols than the cells above.
     """
+    rows = [row for row in rows if "top1" in row and "interval" in row]
     sources = list(dict.fromkeys(row["source"] for row in rows))
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     cells = {(row["source"], row["protocol"]): _cell(row) for row in rows}
