@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from sslnb import methods, zoo
 from sslnb.backbones import build, sincos_position
 from sslnb.errors import InputError
-from sslnb.zoo import download, layouts, models
+from sslnb.zoo import download, layouts, models, networks
 from sslnb.zoo.models import MODELS
 from sslnb.zoo.sanity import _verdict
 
@@ -161,6 +161,22 @@ def test_the_rows_of_the_seed_are_our_recipes():
     assert zoo.names("npid") == ["npid_resnet50_8xb32-steplr-200e_in1k"] and len(zoo.names()) == len(MODELS)
     with pytest.raises(InputError, match="did you mean 'byol'"):
         zoo.names("bylo")
+
+
+@pytest.mark.parametrize("name, size, numbers", [
+    *((f"resnet{depth}", 224, {}) for depth in (18, 34, 50, 101, 152, 200)), ("resnet50", 32, {}),
+    *((f"vit_{kind}_224", 224, {}) for kind in ("tiny_patch16", "small_patch16", "base_patch8", "large_patch16",
+                                                "huge_patch14")), ("vit_base_patch16_224", 384, {"depth": 3}),
+    *((f"swin_{kind}_patch4_window7_224", 224, {}) for kind in ("tiny", "small", "base", "large")),
+    ("swin_base_patch4_window7_224", 384, {"window_size": 12}),
+    ("beit_large_patch16_224", 224, {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "init_values": None}),
+    ("beit_base_patch16_224", 160, {"use_rel_pos_bias": True, "qkv_bias": False})])
+def test_a_network_is_recognised_by_its_tensors(name, size, numbers):
+    state = shapes(name, size, tuple(numbers.items()))
+    found, more, native = networks.recognise(layouts.convert(state))
+    assert (found, native) == (name, size)
+    assert ({key: tensor.shape for key, tensor in shapes(found, native, tuple(more.items())).items()}
+            == {key: tensor.shape for key, tensor in state.items()})
 
 
 # ---------------------------------------------------------------- values, against networks written here
@@ -790,9 +806,11 @@ def run(tmp_path_factory):
 def test_our_own_runs_and_exports_say_themselves_what_they_are(run, tmp_path):
     images = torch.randn(2, 3, 20, 20)
     exported = run.export(tmp_path / "out")
-    for source in (run.path, run.path / "backbone.safetensors", exported, exported / "model.safetensors"):
+    for source in (run.path, run.path / "backbone.safetensors", exported, exported / "model.safetensors",
+                   run.checkpoints()[-1]):
         backbone, match = zoo.load(source)
-        assert (match.backbone, match.size, match.leftover) == ("resnet_mini", 20, [])
+        assert (match.backbone, match.size) == ("resnet_mini", 20)
+        assert bool(match.leftover) == (source == run.checkpoints()[-1]), "which has the heads, too"
         close(features(backbone, images), features(run.backbone(), images))
 
 

@@ -107,8 +107,9 @@ def _open(source: str | Path) -> _Opened:
 def _network(opened: _Opened, backbone: str | None, numbers: dict[str, Any], size: int | None) -> networks.Network:
     """From the caller, from a recipe beside the file, from the row of the zoo, or from the tensors themselves."""
     path, row = opened.path, opened.row
-    if backbone is None and path.name in OURS and (path.parent / "recipe.json").is_file():
-        recipe = Run.open(path.parent).recipe
+    home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    if backbone is None and (path.name in OURS or home != path.parent) and (home / "recipe.json").is_file():
+        recipe = Run.open(home).recipe
         return recipe.backbone, {**recipe.backbone_numbers, **numbers}, recipe.size
     if row and backbone in (None, row.backbone):
         return row.backbone, {**row.numbers, **numbers}, row.size
