@@ -41,7 +41,6 @@ R, V = "OpenMMLab or OpenMixup", "vit_base_patch16_224"
 BEIT = {"use_abs_pos_emb": True, "use_rel_pos_bias": True}
 SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 CAE = {"use_abs_pos_emb": True, "use_rel_pos_bias": False}
-BY_HAND = "No program can fetch it: its page asks questions."
 
 
 def _of(kind: str) -> str:
@@ -187,12 +186,12 @@ OFFICIAL = [
       for name, timm in (("vits", "vit_small_patch16_224"), ("vitb", V))),
     _official("simmim_vit_base_800ep", "simmim", f"{_drive}1dJn6GYkwMIcoP3zqOEyW1_iQfpBi8UOw/view?usp=sharing", 800,
               _simmim, backbone="beit_base_patch16_224", numbers=SHARED, pool="mean",
-              file="simmim_vit_base_800ep.pth", note=BY_HAND),
+              file="simmim_vit_base_800ep.pth"),
     *(_official(f"simmim_swin_base_{n}ep", "simmim", f"{_drive}{digits}/view?usp=sharing", n, _simmim, size=192,
-                backbone="swin_base_patch4_window7_224", numbers={"window_size": 6}, note=BY_HAND,
+                backbone="swin_base_patch4_window7_224", numbers={"window_size": 6},
                 file=f"simmim_swin_base_{n}ep.pth")
       for n, digits in ((100, "1Wcbr66JL26FF30Kip9fZa_0lXrDAKP-d"), (800, "15zENvGjHlM71uKQ3d2FbljWPubtrPtjl"))),
-    *(_official(f"cae_vit_{kind}", "cae", "https://github.com/lxtGH/CAE", 0, "CAE, official", note=BY_HAND,
+    *(_official(f"cae_vit_{kind}", "cae", "https://github.com/lxtGH/CAE", 0, "CAE, official",
                 backbone=f"beit_{kind}_patch16_224", numbers=CAE, pool="mean",
                 file=f"cae_vit_{kind}.pth")
       for kind in ("base", "large")),
