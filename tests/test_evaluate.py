@@ -14,9 +14,9 @@ from conftest import measured
 from PIL import Image
 from torch import nn
 
-from sslnb import backbones
+from sslnb import backbones, data, methods, pretrain
 from sslnb.errors import InputError
-from sslnb.evaluate import PROTOCOLS, Outcome, Subject, evaluate, few_labels, interval, mean_interval, table
+from sslnb.evaluate import PROTOCOLS, Outcome, Subject, evaluate, few_labels, interval, mean_interval, pieces, table
 from sslnb.evaluate.collapse import alignment, diagnose, effective_rank, feature_std, panel, uniformity
 from sslnb.evaluate.features import calibrated, extract, raw_pixels, to_batch
 from sslnb.evaluate.knn import knn_grid, weighted_knn
@@ -747,3 +747,32 @@ def test_too_few_images_of_a_class_are_named(stripes):
 
 def test_raw_pixels_have_nothing_to_tune():
     assert PROTOCOLS["few_labels"](Subject("raw pixels", None, 16), None, None, 0) is None
+
+
+# ---- several processes ----
+
+@pytest.mark.distributed
+def test_features_of_two_processes_are_those_of_one_and_pieces_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE", 300)
+    run = pretrain(methods.recipes("simclr")["demo"].with_(epochs=1, batch=160), out=tmp_path / "run")
+    alone = evaluate(run, protocols=["knn"], out=tmp_path / "one")
+    both = evaluate(run, protocols=["knn"], out=tmp_path / "two", processes=2)
+    assert [(r["source"], r["top1"], r["by_k"]) for r in alone] == [(r["source"], r["top1"], r["by_k"]) for r in both]
+    kept = sorted((tmp_path / "two").rglob("piece-*.safetensors"))
+    assert len(kept) == 2 * (5 + 2), "1,300 and 497 images, of the run and of its random initialisation"
+    kept[0].unlink()
+    before = {p: p.stat().st_mtime_ns for p in kept[1:]}
+    evaluate(run, protocols=["knn"], out=tmp_path / "two", processes=2)
+    assert kept[0].exists() and before == {p: p.stat().st_mtime_ns for p in kept[1:]}, "only what was missing"
+
+
+def test_images_that_no_other_process_can_load_are_refused(tmp_path):
+    images = data.load("digits_scattered").subset(range(40))
+    with pytest.raises(InputError, match="loads other images than those that are evaluated"):
+        evaluate("resnet_mini", (images, images), ["knn"], processes=2, out=tmp_path)
+
+
+def test_a_process_that_fails_is_told_with_its_reason(tmp_path):
+    job = pieces.Job("nowhere/run", None, 0, False, 20, "model", "digits_scattered", "test", 300)
+    with pytest.raises(RuntimeError, match="ended with code 1: .*backbone 'nowhere/run'"):
+        pieces.features_by_pieces(job, nn.Linear(1, 1), data.load("digits_scattered", "test"), tmp_path, 1)

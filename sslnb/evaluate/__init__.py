@@ -18,6 +18,7 @@ from ..reading import loader_workers
 from ..run import append_jsonl
 from . import few_labels
 from .detection import DETECTION
+from .features import the_device
 from .finetune import FINETUNE
 from .knn import KS, knn_grid
 from .linear import LINEAR, linear_probe
@@ -76,7 +77,8 @@ RECIPES = {**LINEAR, **SEMI, **FINETUNE, **MULTIHEAD, **DETECTION}  # of protoco
 
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,
              backbone: str | None = None, seed: int = 0, out: str | Path | None = None, size: int | None = None,
-             device: str | torch.device = "auto", workers: int | str = "auto", **settings: Any) -> list[dict]:
+             device: str | torch.device = "auto", workers: int | str = "auto", processes: int = 1,
+             **settings: Any) -> list[dict]:
     """Evaluate a network; one dict per (network, protocol), accuracies and their 95 % intervals in %.
 
     `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on ten images per class, for which
@@ -87,7 +89,9 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     (BatchNorm statistics calibrated) and "raw pixels" to those. Rows go to `results.jsonl` in the run directory or in
     `out` as soon as each is known. A protocol that returns None does not apply to those features and gives no row. Data
     without labels give an empty list and a printed note. `device` "auto" is the GPU if there is one; `workers` "auto"
-    reads files with most of the cores. `settings` are those of `train_protocol`: processes, epochs, batch …
+    reads files with most of the cores. `processes`: as many as GPUs; features are then computed in pieces that stay in
+    the folder of the results, so that an interrupted evaluation continues. `settings` are those of `train_protocol`:
+    epochs, batch …
     """
     for name in protocols:
         if name not in PROTOCOLS and name not in RECIPES:
@@ -96,22 +100,23 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     if quick and settings:
         raise InputError(f"{', '.join(settings)} can be set for protocols that train, and {quick[0]} does not; "
                          "leave it out, or evaluate in two calls.")
-    trained = [train_protocol(source, name, data, seed=seed, size=size, workers=workers, backbone=backbone, **settings)
+    trained = [train_protocol(source, name, data, seed=seed, size=size, workers=workers, backbone=backbone,
+                              processes=processes, **settings)
                for name in protocols if name in RECIPES]
     if not quick:
         return trained
-    source = open_source(source, seed, backbone)
+    asked, source = source, open_source(source, seed, backbone)
     train, test = _load(data or source.data or DEFAULT_DATA)
     if train.labels is None or test.labels is None:
         print(f"{train.name} has no labels: probes are switched off.")
         return trained
     folder = source.folder if out is None else Path(out)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = the_device(device)
     workers = loader_workers(workers, train)
     rows = []
+    parallel = _by_pieces(asked, source, backbone, seed, folder or Path("runs"), processes) if processes > 1 else None
     for subject in subjects(source, train, size=size, baselines=baselines, seed=seed,
-                            device=device, workers=workers):
+                            device=device, workers=workers, parallel=parallel):
         for name in quick:
             outcome = PROTOCOLS[name](subject, train, test, seed)
             if outcome is None:
@@ -121,6 +126,20 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
             if folder is not None:
                 append_jsonl(folder / "results.jsonl", rows[-1])
     return trained + rows
+
+
+def _by_pieces(asked, source, backbone: str | None, seed: int, folder: Path, processes: int) -> Callable:
+    """What makes a Subject's features come from several processes."""
+    from . import pieces
+
+    name = str(asked) if isinstance(asked, str | Path) else str(asked.path)
+
+    def parallel(size: int, fresh: bool) -> Callable:
+        def features(network, images):
+            job = pieces.Job(name, backbone, seed, fresh, size, source.pool, images.name, images.split, pieces.PIECE)
+            return pieces.features_by_pieces(job, network, images, folder, processes)
+        return features
+    return parallel
 
 
 def _load(data) -> tuple:

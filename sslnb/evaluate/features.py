@@ -31,12 +31,13 @@ def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
     """Features of all images (or of `limit` of them, drawn once with a fixed seed), in the order of the
     data set.
 
-    `pool`: "model" (the model's own forward), "mean" (patch tokens) or "cls". The backbone moves to
-    `device` and stays there; its training flags come back as they were and its BatchNorm statistics are not
-    touched.
+    `pool`: "model" (the model's own forward), "mean" (patch tokens) or "cls". The backbone moves to `device` ("auto":
+    the GPU if there is one) and stays there; its training flags come back as they were and its BatchNorm statistics are
+    not touched.
     """
     from ..backbones import features
 
+    device = the_device(device)
     backbone.to(device)
     rows, index, broken = [], [], []
     chunks = _Chunks(images, _chosen(len(images), limit).split(batch), size)
@@ -51,6 +52,11 @@ def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
                 z = features(backbone, normalise(pixels.to(device), mean, std), pool)  # B x D
                 rows.append(z.float().cpu())
     return _features(images, rows, index, broken)
+
+
+def the_device(device: str | torch.device) -> str | torch.device:
+    """What "auto" means: the GPU if there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def raw_pixels(images, size: int, limit: int | None = None) -> Features:

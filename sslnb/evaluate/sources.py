@@ -44,13 +44,19 @@ class Subject:
     pool: str = "model"
     device: str | torch.device = "cpu"
     workers: int = 0
+    parallel: Callable[[nn.Module, object], Features] | None = None  # features by several processes, see pieces.py
     _cache: dict = field(default_factory=dict, repr=False)
 
     def features(self, images) -> Features:
         """Features of `images`, computed once per set of images, so that several protocols share them."""
         if images not in self._cache:
-            self._cache[images] = raw_pixels(images, self.size) if self.backbone is None else extract(
-                self.backbone, images, size=self.size, pool=self.pool, device=self.device, workers=self.workers)
+            if self.backbone is None:
+                self._cache[images] = raw_pixels(images, self.size)
+            elif self.parallel:
+                self._cache[images] = self.parallel(self.backbone, images)
+            else:
+                self._cache[images] = extract(self.backbone, images, size=self.size, pool=self.pool,
+                                              device=self.device, workers=self.workers)
         return self._cache[images]
 
 
@@ -99,14 +105,18 @@ def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mappi
 
 
 def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: int,
-             device: str | torch.device, workers: int) -> Iterator[Subject]:
-    """The source, then its random initialisation (statistics calibrated on `train`), then raw pixels."""
+             device: str | torch.device, workers: int, parallel: Callable | None = None) -> Iterator[Subject]:
+    """The source, then its random initialisation (statistics calibrated on `train`), then raw pixels.
+
+    `parallel(size, fresh)` makes a Subject's `parallel`.
+    """
     size = size or source.size or min(LARGEST_SIZE, *train[0].size)
     inputs = dict(size=size, pool=source.pool, device=device, workers=workers)
-    yield Subject(source.name, source.backbone(size), **inputs)
+    yield Subject(source.name, source.backbone(size), **inputs, parallel=parallel and parallel(size, False))
     if baselines:
         fresh = switched_on(source.fresh(size)).to(device)
-        yield Subject("random initialisation", calibrated(fresh, train, size=size, seed=seed), **inputs)
+        yield Subject("random initialisation", calibrated(fresh, train, size=size, seed=seed), **inputs,
+                      parallel=parallel and parallel(size, True))
         yield Subject("raw pixels", None, **inputs)
 
 

@@ -1,0 +1,125 @@
+"""Frozen features of many images by several processes, in pieces of files: what is there already is not computed again.
+
+    python -m sslnb.evaluate.pieces JOB 3 8      the 4th of 8 processes; evaluate(processes=8) starts all of a machine
+
+Processes need not talk to each other, so a job's pieces may be computed on any machines that share the folder.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..data import Images, load
+from ..errors import InputError
+from ..reading import loader_workers
+from ..run import checksum, write_atomic
+from .features import Features, extract
+
+PIECE = 20_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network and one set of images, by names that another process can open."""
+
+    source: str
+    backbone: str | None
+    seed: int
+    fresh: bool
+    size: int
+    pool: str
+    data: str
+    split: str
+    piece: int  # images of a file
+
+
+def features_by_pieces(job: Job, network: nn.Module, images: Images, folder: Path, processes: int) -> Features:
+    """Features of all images, in their order. Pieces lie in `folder`/features/…, the same for the same job.
+
+    Errors: InputError if the images cannot be loaded by their name, RuntimeError if a process fails.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if len(load(job.data, job.split)) != len(images):
+        raise InputError(f"{job.data} ({job.split}) loads other images than those that are evaluated, and other "
+                         "processes load them by name; give the name or the path of the whole set, or processes=1.")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    draft = folder / ".weights.draft"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, draft)
+    said = json.dumps({**vars(job), "weights": checksum(draft), "images": len(images)})
+    place = folder / "features" / hashlib.sha256(said.encode()).hexdigest()[:10]
+    place.mkdir(parents=True, exist_ok=True)
+    draft.replace(place / "weights.safetensors")
+    write_atomic(place / "job.json", said)
+    _start(place, processes)
+    parts = [load_file(_piece(place, n)) for n in range(_count(job, images))]
+    index = torch.cat([part["index"] for part in parts])
+    labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
+    broken = [line for n in range(len(parts)) for line in json.loads(_piece(place, n).with_suffix(".json").read_text())]
+    return Features(torch.cat([part["x"] for part in parts]), labels, index, broken)
+
+
+def _start(place: Path, processes: int) -> None:
+    """All processes of this machine, each with a GPU of its own if there are any."""
+    gpus, children = torch.cuda.device_count(), []
+    for rank in range(processes):
+        own = {"CUDA_VISIBLE_DEVICES": str(rank % gpus)} if gpus else {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        command = [sys.executable, "-m", "sslnb.evaluate.pieces", str(place), str(rank), str(processes)]
+        children.append(subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True))
+    try:
+        errors = [child.communicate()[1] for child in children]
+    except BaseException:
+        for child in children:
+            child.kill()
+        raise
+    for child, error in zip(children, errors, strict=True):
+        if child.returncode:
+            said = error.strip().split("\n")[-1]
+            raise RuntimeError(f"A process that computes features ended with code {child.returncode}: {said}. What is "
+                               f"done lies in {place}; the same command continues.")
+
+
+def compute(place: Path, rank: int, processes: int) -> None:
+    """The pieces of one process that are not there yet."""
+    from safetensors.torch import load_file, save_file
+
+    from .sources import open_source
+
+    said = json.loads((place / "job.json").read_text())
+    job = Job(**{name: said[name] for name in Job.__dataclass_fields__})
+    images = load(job.data, job.split)
+    mine = [n for n in range(_count(job, images)) if n % processes == rank and not _piece(place, n).exists()]
+    if not mine:
+        return
+    source = open_source(job.source, job.seed, job.backbone)
+    network = (source.fresh if job.fresh else source.backbone)(job.size)
+    network.load_state_dict(load_file(place / "weights.safetensors"))
+    for n in mine:
+        part = images.subset(range(n * job.piece, min(len(images), (n + 1) * job.piece)))
+        found = extract(network, part, size=job.size, pool=job.pool, device="auto",
+                        workers=loader_workers("auto", part, processes))
+        write_atomic(_piece(place, n).with_suffix(".json"), json.dumps(found.broken))
+        draft = place / f".draft-{n}"
+        save_file({"x": found.x, "index": found.index + n * job.piece}, draft)
+        draft.replace(_piece(place, n))  # last: a piece that is there is whole
+
+
+def _count(job: Job, images: Images) -> int:
+    return -(-len(images) // job.piece)
+
+
+def _piece(place: Path, n: int) -> Path:
+    return place / f"piece-{n:05d}.safetensors"
+
+
+if __name__ == "__main__":
+    compute(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
