@@ -54,3 +54,12 @@ def tiny():
         return methods.recipes(method)["demo"].with_(**{**small, **changes})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A short SimCLR run to evaluate."""
+    from sslnb import methods, pretrain
+
+    recipe = methods.recipes("simclr")["demo"].with_(epochs=1, batch=160)
+    return pretrain(recipe, out=tmp_path_factory.mktemp("source") / "run")

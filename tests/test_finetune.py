@@ -576,12 +576,6 @@ def test_layers_of_a_resnet_end_with_the_head():
 # ---------------------------------------------------------------- a run
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    recipe = methods.recipes("simclr")["demo"].with_(epochs=1, batch=160)
-    return pretrain(recipe, out=tmp_path_factory.mktemp("source") / "run")
-
-
 def test_the_source_gives_its_network_and_the_protocol_its_own_numbers():
     big = SimpleNamespace(folder="runs/x", size=224, architecture="vit_base_patch16_224", numbers={"depth": 12})
     r = FineTune.on_source(FINETUNE["finetune_mae"], big, None)

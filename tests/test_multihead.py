@@ -31,13 +31,6 @@ PUBLISHED = MULTIHEAD["multihead_imagenet"]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A short run to evaluate."""
-    recipe = methods.recipes("simclr")["demo"].with_(epochs=1, batch=160)
-    return pretrain(recipe, out=tmp_path_factory.mktemp("source") / "run")
-
-
-@pytest.fixture(scope="module")
 def headed(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("multihead") / "run"
     row = train_protocol(source, "multihead_demo", out=out, epochs=3, milestones=(2,))

@@ -21,13 +21,6 @@ PROBE = LINEAR["linear_barlowtwins"]
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A short run to evaluate."""
-    recipe = methods.recipes("simclr")["demo"].with_(epochs=1, batch=160)
-    return pretrain(recipe, out=tmp_path_factory.mktemp("source") / "run")
-
-
-@pytest.fixture(scope="module")
 def probed(source, tmp_path_factory):
     out = tmp_path_factory.mktemp("probe") / "run"
     row = train_protocol(source, "linear_barlowtwins", out=out, epochs=3, batch=8)

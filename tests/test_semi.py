@@ -6,18 +6,12 @@ import math
 import pytest
 import torch
 
-from sslnb import Run, data, methods, pretrain
+from sslnb import Run, data
 from sslnb.errors import InputError
 from sslnb.evaluate import semi_supervised
 from sslnb.evaluate.semi import HEAD_LRS, LRS, SEMI
 
 SHORT = {"steps": 6, "milestones": (4, 5), "batch": 8}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    recipe = methods.recipes("simclr")["demo"].with_(epochs=1, batch=160)
-    return pretrain(recipe, out=tmp_path_factory.mktemp("source") / "run")
 
 
 @pytest.fixture(scope="module")
