@@ -3,6 +3,7 @@
 x is (B, 3, H, W) in [0, 1]; factors are (B,). Formulas agree with torchvision.transforms.functional.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -71,29 +72,36 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
     """Turn the hue circle by `factor` in (-0.5, 0.5): RGB -> HSV -> RGB without branches."""
-    value, smallest = x.amax(1), x.amin(1)
-    chroma = value - smallest
     r, g, b = x.unbind(1)
-    safe = chroma.clamp_min(1e-8)
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue + 6 * factor[:, None, None]  # in sixths of the circle
-
-    def channel(n: int) -> Tensor:
-        k = (n + hue) % 6
-        return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
-
-    return torch.stack([channel(5), channel(3), channel(1)], 1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    is_red, is_green = value == r, value == g
+    hue = torch.where(is_red, g - b, torch.where(is_green, b - r, r - g)).div_(chroma.clamp_min(1e-8))
+    hue += torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
+    hue = hue.div_(6).add_(factor[:, None, None] + 1)  # in turns, never negative: then frac is the remainder
+    turned = torch.empty_like(x)
+    for place, n in enumerate((5, 3, 1)):
+        k = (hue + n / 6).frac_().mul_(6)
+        torch.addcmul(value, chroma, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1, out=turned[:, place])
+    return turned
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Separable blur with its own σ per image; the borders are reflected."""
-    b, c, h, w = x.shape
-    t = torch.arange(taps, device=x.device) - taps // 2
+    """Separable blur with its own σ per image, as weighted sums of shifted slices; the borders are reflected."""
+    reach = taps // 2
+    if x.device.type == "cpu":  # what lies further away than 5 σ weighs less than 1e-5; asking a GPU for σ would wait
+        reach = min(reach, max(1, math.ceil(5 * float(sigma.max()))))
+    t = torch.arange(reach + 1, device=x.device)
     kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # (B*C) x taps
-    x = F.pad(x, [taps // 2] * 4, mode="reflect").reshape(1, b * c, h + taps - 1, w + taps - 1)
-    x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)
-    return F.conv2d(x, kernel[:, None, :, None], groups=b * c).reshape(b, c, h, w)
+    kernel = (kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1]))[:, :, None, None, None]
+    for d in (3, 2):
+        padded = F.pad(x, [reach, reach, 0, 0] if d == 3 else [0, 0, reach, reach], mode="reflect")
+        n = x.shape[d]
+        x = padded.narrow(d, reach, n) * kernel[:, 0]
+        for shift in range(1, reach + 1):
+            pair = padded.narrow(d, reach - shift, n) + padded.narrow(d, reach + shift, n)
+            x.addcmul_(pair, kernel[:, shift])
+    return x
 
 
 def per_image(factor: Tensor) -> Tensor:
