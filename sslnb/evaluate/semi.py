@@ -7,6 +7,8 @@ compared on the others; the best one is trained again on all of them and tested 
 instead: with so few labels that flatters, so our numbers may lie below its for the same network.
 """
 
+import contextlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +58,9 @@ def semi_supervised(source, protocol: str = "semi_1", data: str | Path | None = 
     for lr in lrs:
         for head_lr in head_lrs:
             place = "auto" if out == "auto" else Path(out) / f"lr{lr:g}_head{head_lr:g}"
-            run = train_from(source, recipe, data, place, seed=seed, lr=lr, head_lr=head_lr, hold_out=hold_out,
-                             test_on="held out", **settings)
+            with contextlib.redirect_stdout(io.StringIO()):  # one line for each of them is enough
+                run = train_from(source, recipe, data, place, seed=seed, lr=lr, head_lr=head_lr, hold_out=hold_out,
+                                 test_on="held out", **settings)
             top1 = run.history("test")[-1]["top1"]
             found.append({"lr": lr, "head_lr": head_lr, "held_out": top1})
             print(f"lr {lr:g}, times {head_lr:g} for the classifier: {top1:.1f} % of the held-out images")

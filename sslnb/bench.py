@@ -1,0 +1,131 @@
+"""Clocks for notebooks/throughput.ipynb: everything side by side, in turns, with the floor that no code can beat."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from .recipes import Recipe
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: the median of the rounds, the fastest and the slowest."""
+
+    median: float
+    low: float
+    high: float
+
+
+def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, Timing]:
+    """Time each case once per round, one after the other, so that a busy moment of the machine hits all alike.
+
+    A first round does not count: it fills caches and finds algorithms.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for n in range(rounds + 1):
+        for name, call in cases.items():
+            _wait()
+            start = time.perf_counter()
+            call()
+            _wait()
+            if n:
+                taken[name].append(time.perf_counter() - start)
+    return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- floors
+
+
+def matmul_rate(device: str = "cpu", n: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+    """Floating-point operations per second of a product of two n x n matrices, the best of a few."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / in_turns({"product": lambda: a @ b}, 7)["product"].low
+
+
+def copy_rate(device: str = "cpu", megabytes: int = 64) -> float:
+    """Bytes per second that are read and written by a copy, the best of a few."""
+    a = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * len(a) / in_turns({"copy": lambda: b.copy_(a)}, 7)["copy"].low
+
+
+@torch.no_grad()
+def forward_flops(backbone: nn.Module, x: Tensor) -> int:
+    """Floating-point operations of one forward pass, as torch counts them: products and convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        backbone(x)
+    return counter.get_total_flops()
+
+
+# ---------------------------------------------------------------- what is timed
+
+
+def photo_files(folder: str | Path, count: int = 32, shape: tuple[int, int] = (500, 375)) -> list[Path]:
+    """JPEG files of ImageNet's usual size: four of the embedded photographs on each, as rich in detail as any."""
+    from .data import load
+
+    photos, folder = load("photos"), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i in range(count):
+        sheet, (width, height) = Image.new("RGB", shape), (-(-shape[0] // 2), -(-shape[1] // 2))
+        for n in range(4):
+            sheet.paste(photos[(i + 3 * n) % len(photos)].resize((width, height)), (n % 2 * width, n // 2 * height))
+        files.append(folder / f"{i:04d}.jpg")
+        sheet.save(files[-1], quality=90)
+    return files
+
+
+def training_step(recipe: Recipe, images: int = 10_000) -> Callable[[], object]:
+    """One optimizer step of a method on random pixels, without any loading: forward, backward, update, hooks."""
+    from . import optim
+    from .recipes import method_numbers
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "images" in method_numbers(recipe.method):
+        recipe = recipe.with_(images=images)
+    method = recipe.build().to(device, memory_format=torch.channels_last).train()
+    optimizer = optim.build(method.param_groups(recipe), recipe)
+    views = _random_views(method, recipe, device)
+    index = torch.arange(recipe.batch, device=device)
+
+    def step() -> None:
+        method(views, index)["loss"].backward()
+        method.before_step(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(0.5)
+    return step
+
+
+def bare_step(recipe: Recipe) -> Callable[[], object]:
+    """The floor of the same step: the backbone alone, forward and backward, on as many views of the same sizes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    method = recipe.build()
+    backbone = method.backbone.to(device, memory_format=torch.channels_last).train()
+    views = _random_views(method, recipe, device)
+
+    def step() -> None:
+        for x in views:
+            backbone(x).sum().backward()
+        backbone.zero_grad()
+    return step
+
+
+def _random_views(method, recipe: Recipe, device: str) -> list[Tensor]:
+    picture = Image.new("RGB", (recipe.size + 32, recipe.size + 32))
+    return [torch.randn(recipe.batch, *x.shape[1:], device=device).contiguous(memory_format=torch.channels_last)
+            for x in method.views(recipe.size)([picture])]
