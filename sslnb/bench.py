@@ -39,6 +39,10 @@ def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict
     return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
 
 
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -47,7 +51,7 @@ def _wait() -> None:
 # ---------------------------------------------------------------- floors
 
 
-def matmul_rate(device: str = "cpu", n: int = 1024, dtype: torch.dtype = torch.float32) -> float:
+def matmul_rate(device: str = "cpu", n: int = 2048, dtype: torch.dtype = torch.float32) -> float:
     """Floating-point operations per second of a product of two n x n matrices, the best of a few."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / in_turns({"product": lambda: a @ b}, 7)["product"].low
@@ -94,13 +98,12 @@ def training_step(recipe: Recipe, images: int = 10_000) -> Callable[[], object]:
     from . import optim
     from .recipes import method_numbers
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if "images" in method_numbers(recipe.method):
         recipe = recipe.with_(images=images)
-    method = recipe.build().to(device, memory_format=torch.channels_last).train()
+    method = recipe.build().to(device(), memory_format=torch.channels_last).train()
     optimizer = optim.build(method.param_groups(recipe), recipe)
-    views = _random_views(method, recipe, device)
-    index = torch.arange(recipe.batch, device=device)
+    views = _random_views(method, recipe)
+    index = torch.arange(recipe.batch, device=device())
 
     def step() -> None:
         method(views, index)["loss"].backward()
@@ -113,10 +116,9 @@ def training_step(recipe: Recipe, images: int = 10_000) -> Callable[[], object]:
 
 def bare_step(recipe: Recipe) -> Callable[[], object]:
     """The floor of the same step: the backbone alone, forward and backward, on as many views of the same sizes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     method = recipe.build()
-    backbone = method.backbone.to(device, memory_format=torch.channels_last).train()
-    views = _random_views(method, recipe, device)
+    backbone = method.backbone.to(device(), memory_format=torch.channels_last).train()
+    views = _random_views(method, recipe)
 
     def step() -> None:
         for x in views:
@@ -125,7 +127,7 @@ def bare_step(recipe: Recipe) -> Callable[[], object]:
     return step
 
 
-def _random_views(method, recipe: Recipe, device: str) -> list[Tensor]:
+def _random_views(method, recipe: Recipe) -> list[Tensor]:
     picture = Image.new("RGB", (recipe.size + 32, recipe.size + 32))
-    return [torch.randn(recipe.batch, *x.shape[1:], device=device).contiguous(memory_format=torch.channels_last)
+    return [torch.randn(recipe.batch, *x.shape[1:], device=device()).contiguous(memory_format=torch.channels_last)
             for x in method.views(recipe.size)([picture])]
