@@ -36,6 +36,36 @@ def measured(code: str) -> list[float]:
     return [float(number) for number in printed.split()]
 
 
+HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+def ten_steps(method, views, half: torch.dtype, recipe=None) -> None:
+    """Ten steps under autocast, with a gradient scaler for float16, as Accelerate has it: nothing may become infinite,
+    and the loss is float32. A step that the scaler skips does not count."""
+    from sslnb import optim
+
+    trained = [p for p in method.parameters() if p.requires_grad]
+    optimizer = optim.build(method.param_groups(recipe), recipe) if recipe else torch.optim.AdamW(trained, 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=half == torch.float16)
+    taken = 0
+    for _ in range(14):
+        with torch.autocast("cpu", dtype=half):
+            loss = method(views)["loss"]
+        assert loss.dtype == torch.float32 and loss.isfinite()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        finite = all(p.grad.isfinite().all() for p in trained if p.grad is not None)
+        method.before_step(0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        taken += finite
+        if taken == 10:
+            break
+    assert taken == 10, f"{14 - taken} of 14 steps had gradients that are not finite"
+    assert all(p.isfinite().all() for p in method.parameters())
+
+
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch):
     from sslnb.embedded import EMBEDDED

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import HALVES, ten_steps
 from torch import nn
 
 from sslnb import backbones, figures, methods, optim
@@ -356,19 +357,10 @@ def test_every_part_learns(both, images):
                if not n.endswith(("relative_position_bias_table", "k_bias"))), "the tables start at a plateau"
 
 
+@HALVES
 @pytest.mark.parametrize("recipe", [DEMO, SMALL_VIT], ids=["resnet_mini", "beit_mini"])
-def test_ten_steps_in_bf16_are_finite(recipe, images):
-    method = recipe.build()
-    optimizer = optim.build(method.param_groups(recipe), recipe)
-    for _ in range(10):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = method([images])
-        assert out["prediction"].dtype == torch.bfloat16 and out["loss"].dtype == torch.float32
-        assert all(out[name].isfinite() for name in ("loss", "spatial", "frequency"))
-        optimizer.zero_grad()
-        out["loss"].backward()
-        assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
-        optimizer.step()
+def test_ten_steps_in_sixteen_bits_are_finite(recipe, images, half):
+    ten_steps(recipe.build(), [images], half, recipe)
 
 
 @pytest.mark.parametrize("recipe", [DEMO, SMALL_VIT], ids=["resnet_mini", "beit_mini"])

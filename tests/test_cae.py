@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import HALVES, ten_steps
 from PIL import Image
 from torch import nn
 
@@ -402,18 +403,10 @@ def test_the_picture_of_the_target_is_the_image_as_well_as_tokens_can_say_it(vie
 BACKBONES = {"beit_mini": RECIPES["demo"].backbone_numbers, "vit_mini": {}}
 
 
+@HALVES
 @pytest.mark.parametrize("name", BACKBONES)
-def test_ten_steps_in_bf16_are_finite(name, views):
-    method = DEMO.with_(backbone=name, backbone_numbers=BACKBONES[name]).build()
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-3)
-    for _ in range(10):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = method(views)
-        assert out["loss"].dtype == torch.float32 and out["loss"].isfinite()
-        optimizer.zero_grad()
-        out["loss"].backward()
-        method.before_step(0.5)
-        optimizer.step()
+def test_ten_steps_in_sixteen_bits_are_finite(name, views, half):
+    ten_steps(DEMO.with_(backbone=name, backbone_numbers=BACKBONES[name]).build(), views, half)
 
 
 @pytest.mark.parametrize("name, numbers, words", [

@@ -6,6 +6,7 @@ import random
 import pytest
 import timm
 import torch
+from conftest import HALVES, ten_steps
 from torch import nn
 
 from sslnb import backbones, methods
@@ -164,19 +165,10 @@ def test_the_loss_stays_in_full_precision_under_autocast(images):
     assert inside.item() == method.loss(prediction.float(), target.float(), mask).item()
 
 
+@HALVES
 @pytest.mark.parametrize("name", list(backbones.MINI))
-def test_bf16_autocast_is_finite_with_every_kind_of_backbone(name):
-    method = small(backbone=name)
-    optimizer = torch.optim.AdamW(method.parameters(), 1e-3)
-    images = torch.randn(8, 3, 28, 28)
-    for _ in range(10):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = method([images])["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        assert loss.isfinite() and loss.dtype == torch.float32
-    assert all(p.isfinite().all() for p in method.parameters())
+def test_ten_steps_in_sixteen_bits_are_finite_with_every_kind_of_backbone(name, half):
+    ten_steps(small(backbone=name), [torch.randn(8, 3, 28, 28)], half)
 
 
 # The decoder

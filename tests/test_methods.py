@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import HALVES, ten_steps
 from PIL import Image
 
 from sslnb import data, methods
@@ -101,17 +102,10 @@ def test_the_backbone_is_plain_timm(recipe):
     assert torch.equal(plain.eval()(x), method.backbone.eval()(x)) and plain.num_classes == 0
 
 
-def test_bf16_autocast_is_finite_for_ten_steps(recipe):
+@HALVES
+def test_sixteen_bits_are_finite_for_ten_steps(recipe, half):
     method = recipe.build()
-    views = some_views(method, recipe)
-    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], 1e-3)
-    for _ in range(10):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = method(views)["loss"]
-        assert loss.dtype == torch.float32 and loss.isfinite()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    ten_steps(method, some_views(method, recipe), half)
 
 
 def test_every_number_is_kept_under_its_own_name_or_built_in(recipe):

@@ -5,6 +5,7 @@ import math
 import pytest
 import timm
 import torch
+from conftest import HALVES, ten_steps
 from torch import nn
 
 from sslnb import methods, optim
@@ -326,3 +327,9 @@ def test_views_are_a_large_crop_and_a_flip(real):
 def test_the_method_is_found_by_its_name():
     assert methods.get("simmim") is SimMIM and methods.recipes("simmim") is RECIPES
     assert unit_mask(torch.rand(1, 4), 0.6, 1).sum() == 3
+
+
+@HALVES
+@every_backbone
+def test_ten_steps_in_sixteen_bits_are_finite(name, images, half):
+    ten_steps(build(name), [images], half)
