@@ -715,7 +715,8 @@ def stripes():
     return draw
 
 
-def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes):
+def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes, monkeypatch):
+    monkeypatch.setattr(few_labels, "STEPS", 60)
     train, test = stripes(75), stripes(60)
     torch.manual_seed(0)
     backbone = backbones.build("resnet_mini", 16)
