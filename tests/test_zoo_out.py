@@ -147,10 +147,12 @@ def test_filters_and_names():
     assert {p.method for p in published(family="masked", protocol="finetune_simmim_vit")} == {"simmim", "a2mim"}
     assert {p.backbone for p in everything()} == set(BACKBONES)
     assert all(timm.is_model(name) for name in BACKBONES.values())
+    ours = {"voc07_svm", "voc07_low_shot", "knn", *RECIPES}
     for p in everything():
-        assert p.family and (p.method in methods.METHODS or p.method in ("supervised", "random")), p
-        assert p.protocol in RECIPES or p.protocol in ("knn", "linear", "svm_voc07", "lowshot_voc07"), p.protocol
-        assert 0 < p.value < 100
+        known = p.method in methods.METHODS or p.method in ("supervised", "random")
+        assert known == (p.family != "other") and 0 < p.value < 100, p
+        assert p.protocol in ours or p.protocol.split(",")[0] in ("knn", "linear", "finetune", "segment_voc12aug"), p
+    assert len(published(protocol="linear, cifar10")) == 16 and len(published(protocol="segment_voc12aug")) == 10
 
 
 # ---------------------------------------------------------------- measured

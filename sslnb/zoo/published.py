@@ -1,8 +1,9 @@
 """Published results as data, and our own beside them.
 
 assets/published.csv holds every row of the model zoo's linear and fine-tuning tables and those of the repositories that
-it stands on. `protocol` is the name of ours that a number was measured with ("linear": with another one), `flag` says
-where the sources contradict each other. Nothing in it was measured here.
+it stands on, and what other libraries state for small images. `protocol` is the name of ours that a number was measured
+with, or says in plain words what it was ("linear", "knn, cifar10"); `flag` says where sources contradict each other.
+Nothing in it was measured here. A method that is not in this package has its own name and the family "other".
 """
 
 import csv
@@ -17,7 +18,8 @@ from ..embedded import ASSETS
 from ..run import Run, code_of, read_jsonl
 
 BACKBONES = {"ResNet-50": "resnet50", "ViT-Base": "vit_base_patch16_224", "ViT-Small": "vit_small_patch16_224",
-             "Swin-Base": "swin_base_patch4_window7_224"}
+             "Swin-Base": "swin_base_patch4_window7_224",
+             "ResNet-18": "resnet18", "ViT-Base/32": "vit_base_patch32_224"}
 FAMILIES = {
     "pretext": ("relative_loc", "inpainting", "rotation"), "clustering": ("deepcluster", "odc", "swav"),
     "contrastive": ("npid", "mocov1", "mocov2", "mocov3", "simclr", "densecl"),
@@ -42,7 +44,7 @@ class Published:
 
     @property
     def family(self) -> str:
-        return next(family for family, methods in FAMILIES.items() if self.method in methods)
+        return next((family for family, methods in FAMILIES.items() if self.method in methods), "other")
 
 
 @cache
