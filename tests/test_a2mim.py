@@ -436,3 +436,17 @@ def test_the_figure_of_spectra_shows_what_is_there():
     assert (two[[0, 1, 3, 9, 12]] - 1).abs().max() < 1e-3
     shown = fig.axes[2].images[0].get_array()  # below the first picture
     assert {(14, 7), (14, 21)} == {divmod(int(i), 28) for i in shown.reshape(-1).argsort()[-2:]}
+
+
+def test_the_film_shows_the_holes_as_they_are_painted(tmp_path, tiny):
+    from sslnb import figures, pretrain
+
+    run = pretrain(tiny("a2mim", data="few_digits", size=28, epochs=1), out=tmp_path / "run")
+    snap = run.snapshots()[0][1]
+    method = run.method()
+    assert torch.equal(snap["seen"], method.seen(snap["images"], snap["mask"]))
+    fig = figures.film(run, count=2)
+    row = next(ax for ax in fig.axes if ax.get_ylabel() == "encoder sees")
+    shown = torch.tensor(row.images[0].get_array()).permute(2, 0, 1).float()
+    wanted = method.views(28).normalize.undo(snap["seen"][:1])[0]
+    assert torch.allclose(shown, wanted, atol=1e-5)

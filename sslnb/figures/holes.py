@@ -100,7 +100,7 @@ def film(run, count: int = 6) -> Figure:
     patch = snaps[0][1]["images"].shape[-1] // round(snaps[0][1]["mask"].shape[1] ** 0.5)
     first = snaps[0][1]
     truth = normalize.undo(first["images"][:count])
-    seen = masked(truth, first["mask"][:count], patch)
+    seen = normalize.undo(first["seen"][:count]) if "seen" in first else masked(truth, first["mask"][:count], patch)
     still = {"image": truth, "encoder sees": seen}
     if "target" in first:
         still["target"] = normalize.undo(first["target"][:count])

@@ -116,4 +116,6 @@ class Masked(Method):
         mask = self.draw_mask(len(images), torch.Generator().manual_seed(0)).to(images.device)
         painted = self.to_image(self.reconstruct(images, mask), images)
         shown = {"images": images, "mask": mask, "reconstruction": painted}
+        if (seen := self.seen(images, mask)) is not None:
+            shown["seen"] = seen
         return shown if self.paints else {**shown, "target": self.to_image(self.target(images), images)}
