@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .evaluate.features import the_device
 from .recipes import Recipe
 
 
@@ -30,20 +31,17 @@ def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for n in range(rounds + 1):
         for name, call in cases.items():
-            _wait()
+            wait()
             start = time.perf_counter()
             call()
-            _wait()
+            wait()
             if n:
                 taken[name].append(time.perf_counter() - start)
     return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _wait() -> None:
+def wait() -> None:
+    """For what a GPU has been given to do."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -51,15 +49,15 @@ def _wait() -> None:
 # ---------------------------------------------------------------- floors
 
 
-def matmul_rate(device: str = "cpu", n: int = 2048, dtype: torch.dtype = torch.float32) -> float:
+def matmul_rate(device: str = "auto", n: int = 2048, dtype: torch.dtype = torch.float32) -> float:
     """Floating-point operations per second of a product of two n x n matrices, the best of a few."""
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=the_device(device), dtype=dtype) for _ in range(2))
     return 2 * n**3 / in_turns({"product": lambda: a @ b}, 7)["product"].low
 
 
-def copy_rate(device: str = "cpu", megabytes: int = 64) -> float:
+def copy_rate(device: str = "auto", megabytes: int = 64) -> float:
     """Bytes per second that are read and written by a copy, the best of a few."""
-    a = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
+    a = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=the_device(device))
     b = torch.empty_like(a)
     return 2 * len(a) / in_turns({"copy": lambda: b.copy_(a)}, 7)["copy"].low
 
@@ -100,10 +98,10 @@ def training_step(recipe: Recipe, images: int = 10_000) -> Callable[[], object]:
 
     if "images" in method_numbers(recipe.method):
         recipe = recipe.with_(images=images)
-    method = recipe.build().to(device(), memory_format=torch.channels_last).train()
+    method = recipe.build().to(the_device("auto"), memory_format=torch.channels_last).train()
     optimizer = optim.build(method.param_groups(recipe), recipe)
     views = _random_views(method, recipe)
-    index = torch.arange(recipe.batch, device=device())
+    index = torch.arange(recipe.batch, device=the_device("auto"))
 
     def step() -> None:
         method(views, index)["loss"].backward()
@@ -117,7 +115,7 @@ def training_step(recipe: Recipe, images: int = 10_000) -> Callable[[], object]:
 def bare_step(recipe: Recipe) -> Callable[[], object]:
     """The floor of the same step: the backbone alone, forward and backward, on as many views of the same sizes."""
     method = recipe.build()
-    backbone = method.backbone.to(device(), memory_format=torch.channels_last).train()
+    backbone = method.backbone.to(the_device("auto"), memory_format=torch.channels_last).train()
     views = _random_views(method, recipe)
 
     def step() -> None:
@@ -129,5 +127,5 @@ def bare_step(recipe: Recipe) -> Callable[[], object]:
 
 def _random_views(method, recipe: Recipe) -> list[Tensor]:
     picture = Image.new("RGB", (recipe.size + 32, recipe.size + 32))
-    return [torch.randn(recipe.batch, *x.shape[1:], device=device()).contiguous(memory_format=torch.channels_last)
-            for x in method.views(recipe.size)([picture])]
+    drawn = [torch.randn(recipe.batch, *x.shape[1:]) for x in method.views(recipe.size)([picture])]
+    return [x.to(the_device("auto"), memory_format=torch.channels_last) for x in drawn]

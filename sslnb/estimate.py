@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .bench import wait
 from .checks import prepare
 from .monitor import Meter
 from .recipes import Recipe
@@ -96,10 +97,10 @@ def _measured(trainer: Trainer, recipe: Recipe, steps: int) -> Preflight:
             trainer._seek(n)
             batches = iter(trainer.loader)
         if n == FIRST:
-            _wait(cuda)
+            wait()
             began, waited = time.perf_counter(), meter.waited
         trainer._step(batches, meter)
-    _wait(cuda)
+    wait()
     seconds = time.perf_counter() - began
     per_epoch = recipe.steps_per_epoch(len(trainer.images))
     available = torch.cuda.get_device_properties(0).total_memory if cuda else 0
@@ -109,11 +110,6 @@ def _measured(trainer: Trainer, recipe: Recipe, steps: int) -> Preflight:
         step=seconds / steps, steps_per_epoch=per_epoch, total_steps=total, data_wait=(meter.waited - waited) / seconds,
         images_per_s=steps * recipe.batch * recipe.accum / seconds, available=available, processes=recipe.gpus,
         memory=torch.cuda.max_memory_allocated() if cuda else peak, epochs=total / per_epoch)
-
-
-def _wait(cuda: bool) -> None:
-    if cuda:
-        torch.cuda.synchronize()
 
 
 def _duration(seconds: float) -> str:

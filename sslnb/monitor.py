@@ -28,15 +28,17 @@ class Monitor:
     leave-one-out among training images: the test split is not looked at while training.
     """
 
-    def __init__(self, run: Run, images, views: Views, recipe: Recipe, total: int, per_epoch: int):
-        self.run, self.recipe, self.views, self.images = run, recipe, views, images
+    def __init__(self, run: Run, images, views: Views, recipe: Recipe, on: bool = True):
+        """`on`: False for a method that nobody wants measured, `Method.monitored`."""
+        self.run, self.recipe, self.views, self.images, self.on = run, recipe, views, images, on
         self.every = max(1, math.ceil(recipe.epochs / LOOKS))
         self.last: dict[str, Any] = {}
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         self.bank = images.subset(order[:BANK].sort().values)
 
     def due(self, epoch: int) -> bool:
-        return (epoch + 1) % self.every == 0 or epoch + 1 == self.recipe.epochs
+        """After this epoch, -1 being before the first."""
+        return self.on and ((epoch + 1) % self.every == 0 or epoch + 1 == self.recipe.epochs)
 
     @torch.no_grad()
     def look(self, method, step: int) -> dict[str, Any]:

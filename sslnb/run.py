@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +162,7 @@ class Run:
     # ------------------------------------------------------------ writing
 
     def save_backbone(self, backbone: nn.Module) -> None:
-        from safetensors.torch import save_file
-
-        draft = self.path / ".backbone.draft"
-        save_file({k: v.detach().cpu().contiguous() for k, v in backbone.state_dict().items()}, draft)
-        draft.replace(self.path / "backbone.safetensors")
+        save_tensors(self.path / "backbone.safetensors", backbone.state_dict())
 
     def export(self, folder: str | Path | None = None, **settings: Any) -> Path:
         """The finished backbone as a folder for timm, the hub and OpenMMLab, with a model card; see zoo.export."""
@@ -226,6 +222,15 @@ def write_atomic(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file of a state dict, from any device: whole, or as it was before."""
+    from safetensors.torch import save_file
+
+    draft = path.with_name(f".{path.name}.draft")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, metadata={"format": "pt"})
     draft.replace(path)
 
 

@@ -114,8 +114,7 @@ class Trainer:
         self.broken: set[int] = set()
         self.skipped = 0
         self.finite = FiniteWatch()
-        self.monitor = Monitor(run, self.images, self.views, recipe, self.total, self.per_epoch) \
-            if method.monitored else None
+        self.monitor = Monitor(run, self.images, self.views, recipe, on=method.monitored)
         self._resume()
 
     # ------------------------------------------------------------ the loop
@@ -130,7 +129,7 @@ class Trainer:
         if run.settings["trackers"]:
             self.accelerator.init_trackers("sslnb", config={k: str(v) for k, v in run.settings["recipe"].items()})
         method.before_train(run)
-        if self.main and self.monitor and self.step == 0:
+        if self.main and self.step == 0 and self.monitor.due(-1):
             self.monitor.look(method, 0)
         meter = Meter(self)
         for epoch in range(self.step // self.per_epoch, math.ceil(self.total / self.per_epoch)):
@@ -199,7 +198,7 @@ class Trainer:
         last = self.step == self.total
         self._stop_if_not_finite()  # before anything looks at the network or keeps it
         self.method.after_epoch(self.run, epoch)
-        if self.main and self.monitor and self.monitor.due(epoch):
+        if self.main and self.monitor.due(epoch):
             row = self.monitor.look(self.method, self.step)
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=self.step)
         if last or (epoch + 1) % max(1, 100 // self.per_epoch) == 0:
@@ -257,8 +256,7 @@ class Trainer:
                  "scaler": scaler.state_dict() if scaler else None, "random": random_states, "skipped": self.skipped,
                  "broken": sorted(self.broken)}
         path = self.run.save_checkpoint(state)
-        self.run.write_status(step=self.step, seconds=time.time() - start,
-                              **(self.monitor.best(path, self.step) if self.monitor else {}))
+        self.run.write_status(step=self.step, seconds=time.time() - start, **self.monitor.best(path, self.step))
 
     def _resume(self) -> None:
         state = self.run.latest(say=print if self.main else lambda text: None)

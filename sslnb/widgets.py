@@ -137,10 +137,9 @@ def masking(sources: Mapping[str, object], image=None, mask_ratio: float = 0.6, 
     """Masked methods side by side, all on the same image under the same mask; one column each.
 
     `sources`: name -> a Run, the path of a run directory, a published file of MAE that holds its decoder, or a Masked
-    method. `image`: a PIL image or the path of one,
-    such as your own; None: a photograph. Sliders for the ratio and the size of squares, a board to click, amplitudes
-    instead of pictures, and an upload. Headless: the figure. Errors: InputError if methods have different image sizes,
-    or a source has no decoder.
+    method. `image`: a PIL image or the path of one, such as your own; None: a photograph. Sliders for the ratio and the
+    size of squares, a board to click, amplitudes instead of pictures, and an upload. Headless: the figure. Errors:
+    InputError if methods have different image sizes, or a source has no decoder.
     """
     methods = {name: painter(source) for name, source in sources.items()}
     sizes = {name: image_size(method.backbone) for name, method in methods.items()}

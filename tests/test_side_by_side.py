@@ -185,3 +185,11 @@ def test_a_decoder_of_another_build_is_refused(tmp_path):
     torch.save({"model": {k: v for k, v in state.items() if k != "decoder_norm.bias"}}, tmp_path / "mae.pth")
     with pytest.raises(InputError, match="holds a decoder of another build: norm.bias does not fit"):
         painter(tmp_path / "mae.pth")
+
+
+@pytest.mark.parametrize("name", ["decoder.0.weight", "neck.decoder_pred.0.weight"])
+def test_a_decoder_of_another_method_is_not_called_missing(tmp_path, name):
+    """SimMIM's and A2MIM's whole files."""
+    torch.save({"model": {"encoder.conv1.weight": torch.ones(2), name: torch.ones(2)}}, tmp_path / "full.pth")
+    with pytest.raises(InputError, match="holds a decoder, but not MAE's"):
+        painter(tmp_path / "full.pth")

@@ -23,7 +23,7 @@ from ..boxes import Boxes, coco_masks, decoded
 from ..errors import InputError, unknown
 from ..geometry import ImageOp
 from ..parts import world
-from ..reading import EpochSampler, ViewSet, draw_seed, loader_workers
+from ..reading import EpochSampler, ViewSet, draw_seed, in_order, loader_workers
 from ..recipes import Recipe
 from ..run import Run, write_atomic
 from ..views import View, Views
@@ -77,7 +77,6 @@ class Detector(Protocol):
             backbone, classes, masks, short_sides=short_sides, long_side=long_side, anchors=anchors,
             proposals=proposals, rpn_batch=rpn_batch, regions=regions, above=above, most=most)
         self.masks, self.flip, self.precise_batches, self.test_on = masks, flip, precise_batches, test_on
-        self.images: Boxes | None = None
         self.batch = 1
 
     # ------------------------------------------------------------ a step
@@ -162,8 +161,8 @@ class Detector(Protocol):
         return recipe
 
     def before_train(self, run: Run) -> None:
-        self.images, self.batch = run.recipe.load(), run.recipe.batch
         super().before_train(run)
+        self.batch = run.recipe.batch
 
     @torch.no_grad()
     def test(self, run: Run) -> dict:
@@ -174,8 +173,8 @@ class Detector(Protocol):
         if self.precise_batches:
             self.precise_norms(run)
         images, (rank, size) = run.recipe.load(self.test_on), world()
-        loader = self._loader(run, images, batch_size=run.recipe.batch,
-                              sampler=[(i, 0) for i in range(rank, len(images), size)])
+        crop = self.views(run.recipe.size).crop
+        loader = in_order(images, crop, run.recipe.batch, run.settings["workers"], rank, size)
         self.eval()
         found = []
         for (crops,), index, _, broken in loader:
@@ -220,7 +219,9 @@ class Detector(Protocol):
         self.train()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(run.seed * 1009 + rank)
-            for n, (crops, index, seeds, _) in enumerate(self._loader(run, self.images, batch_sampler=sampler)):
+            loader = DataLoader(ViewSet(self.images, views.crop), batch_sampler=sampler, generator=torch.Generator(),
+                                num_workers=loader_workers(run.settings["workers"], self.images, size))
+            for n, (crops, index, seeds, _) in enumerate(loader):
                 if n == self.precise_batches:
                     break
                 for m in norms:
@@ -228,10 +229,6 @@ class Detector(Protocol):
                 self(views.photometric([x.to(device) for x in crops], seeds), index)
         for m, momentum in zip(norms, momenta, strict=True):
             m.momentum = momentum
-
-    def _loader(self, run: Run, images: Boxes, **how) -> DataLoader:
-        return DataLoader(ViewSet(images, self.views(run.recipe.size).crop), generator=torch.Generator(),
-                          num_workers=loader_workers(run.settings["workers"], images, world()[1]), **how)
 
     @staticmethod
     def results(tests: list[dict]) -> dict:

@@ -61,7 +61,7 @@ class FineTune(Supervised):
         self.repeats, self.layer_decay, self.decay_positions = repeats, layer_decay, decay_positions
         self.ema, self.ema_ramp, self.test_scale = ema, ema_ramp, test_scale
         self.average = frozen_copy(self._network()) if ema else None
-        self.batch, self.per_epoch, self.total = 1, 1, 1
+        self.batch = 1
 
     # ------------------------------------------------------------ what it sees
 
@@ -189,8 +189,7 @@ class FineTune(Supervised):
     def before_train(self, run: Run) -> None:
         begun = bool(self.started)
         super().before_train(run)
-        self.batch, self.per_epoch = run.recipe.batch, run.recipe.steps_per_epoch(len(self.labels))
-        self.total = run.recipe.total_steps(self.per_epoch)
+        self.batch = run.recipe.batch
         if self.average is not None and not begun:
             self.average.load_state_dict(self._network().state_dict())
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import InputError, unknown
 from ..run import append_jsonl
+from . import voc_ap
 from .protocol import named
 from .results import result_row
 from .voc07 import VocFeatures, voc_features
@@ -44,9 +45,7 @@ def average_precision(targets: np.ndarray, scores: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     whole = np.append(np.diff(scores[order]) != 0, True)  # the last of equal scores
     found = hits[order].cumsum()[whole]
-    precision, recall = found / (np.flatnonzero(whole) + 1), found / hits.sum()
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((np.diff(recall, prepend=0) * best).sum())
+    return voc_ap.average_precision(found / (np.flatnonzero(whole) + 1), found / hits.sum(), eleven_points=False)
 
 
 def classifier(cost: float, seed: int = 0):

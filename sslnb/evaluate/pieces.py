@@ -19,7 +19,7 @@ from torch import nn
 from ..data import Images, load
 from ..errors import InputError
 from ..reading import loader_workers
-from ..run import checksum, write_atomic
+from ..run import checksum, save_tensors, write_atomic
 from .features import Features, extract
 
 PIECE = 20_000
@@ -45,15 +45,13 @@ def features_by_pieces(job: Job, network: nn.Module, images: Images, folder: Pat
 
     Errors: InputError if the images cannot be loaded by their name, RuntimeError if a process fails.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     if len(load(job.data, job.split)) != len(images):
         raise InputError(f"{job.data} ({job.split}) loads other images than those that are evaluated, and other "
                          "processes load them by name; give the name or the path of the whole set, or processes=1.")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    draft = folder / ".weights.draft"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, draft)
+    save_tensors(draft := folder / ".weights.safetensors", network.state_dict())
     said = json.dumps({**vars(job), "weights": checksum(draft), "images": len(images)})
     place = folder / "features" / hashlib.sha256(said.encode()).hexdigest()[:10]
     place.mkdir(parents=True, exist_ok=True)
@@ -90,7 +88,7 @@ def _start(place: Path, processes: int) -> None:
 
 def compute(place: Path, rank: int, processes: int) -> None:
     """The pieces of one process that are not there yet."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from .sources import open_source
 
@@ -108,9 +106,8 @@ def compute(place: Path, rank: int, processes: int) -> None:
         found = extract(network, part, size=job.size, pool=job.pool, device="auto",
                         workers=loader_workers("auto", part, processes))
         write_atomic(_piece(place, n).with_suffix(".json"), json.dumps(found.broken))
-        draft = place / f".draft-{n}"
-        save_file({"x": found.x, "index": found.index + n * job.piece}, draft)
-        draft.replace(_piece(place, n))  # last: a piece that is there is whole
+        # Last: a piece that is there is whole.
+        save_tensors(_piece(place, n), {"x": found.x, "index": found.index + n * job.piece})
 
 
 def _count(job: Job, images: Images) -> int:

@@ -5,7 +5,6 @@
 So a protocol runs on many GPUs, in 16 bits, resumes exactly and writes a run directory like any pretraining.
 """
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from ..errors import InputError, unknown
 from ..methods.base import Method
 from ..parts import world
 from ..recipes import Recipe
-from ..run import Run, append_jsonl, checksum
-from .features import calibrated
+from ..run import Run, append_jsonl, checksum, save_tensors
 from .results import result_row
-from .sources import Source, open_source, switched_on
+from .sources import Source, open_source
 
 
 class Protocol(Method):
@@ -38,6 +36,7 @@ class Protocol(Method):
         the end. 0: at the end only."""
         super().__init__()
         self.backbone, self.start, self.test_every = backbone, start, test_every
+        self.images, self.per_epoch, self.total = None, 1, 1  # of a run, from its beginning on
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))  # a resumed run must not begin again
 
     @classmethod
@@ -82,8 +81,9 @@ class Protocol(Method):
         raise NotImplementedError
 
     def before_train(self, run: Run) -> None:
-        per_epoch = run.recipe.steps_per_epoch(len(run.recipe.load()))
-        self.last_epoch = math.ceil(run.recipe.total_steps(per_epoch) / per_epoch)
+        self.images = run.recipe.load()
+        self.per_epoch = run.recipe.steps_per_epoch(len(self.images))
+        self.total = run.recipe.total_steps(self.per_epoch)
         if self.started:
             return
         if self.start:
@@ -93,7 +93,8 @@ class Protocol(Method):
         self.started.fill_(True)
 
     def after_epoch(self, run: Run, epoch: int) -> None:
-        if epoch + 1 == self.last_epoch or self.test_every and (epoch + 1) % self.test_every == 0:
+        last = (epoch + 1) * self.per_epoch >= self.total
+        if last or self.test_every and (epoch + 1) % self.test_every == 0:
             found = self.test(run)
             if world()[0] == 0:
                 run.append("test", step=run.status().get("step", 0), epoch=epoch + 1, **found)
@@ -146,9 +147,8 @@ def train_from(source: Source, recipe: Recipe, data: str | Path | None = None, o
     kind = methods.get(recipe.method)
     recipe = kind.on_source(recipe, source, size).with_(data=str(data or source.data or recipe.data)).with_(**changes)
     recipe = kind.fitted(recipe)
-    network = source.backbone(recipe.size)
-    if source.fresh_weights and kind.frozen_in(recipe):
-        network = calibrated(switched_on(network), recipe.load(), size=recipe.size)
+    rival = source.fresh_weights and kind.frozen_in(recipe)
+    network = source.rival(recipe.load(), recipe.size, seed) if rival else source.backbone(recipe.size)
     tensors, said = kind.starting_point(recipe, network)
     start = _save_start(tensors, source.folder or Path("runs"))
     print(f"Source {source.name}: {said}")
@@ -167,11 +167,8 @@ def write_row(run: Run, source: Source, protocol: str, **more: Any) -> dict:
 
 def _save_start(tensors: Mapping[str, torch.Tensor], folder: Path) -> Path:
     """They go into a file whose name carries their checksum: the same backbone again is the same file."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / ".start.draft"
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft)
+    save_tensors(draft := folder / ".start.safetensors", tensors)
     start = folder / f"start-{checksum(draft)}.safetensors"
     draft.replace(start)
     return start.resolve()

@@ -1,4 +1,4 @@
-"""What can be evaluated: a run, the path of one, a timm name; and the rows that stand beside it."""
+"""What can be evaluated: a run, the path of one, a file of weights, a name of the zoo or of timm; and its rivals."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError
-from .features import Features, calibrated, extract, raw_pixels
+from .features import Features, calibrated, extract, raw_pixels, the_device
 
 LARGEST_SIZE = 224  # where nothing says the size: that of the images, but not more than this
 
@@ -32,6 +32,11 @@ class Source:
     def untrained(self) -> "Source":
         """The same network with fresh weights: the baseline of everything that is claimed for the source."""
         return replace(self, name="random initialisation", backbone=self.fresh, fresh_weights=True)
+
+    def rival(self, images, size: int, seed: int, device: str | torch.device = "auto") -> nn.Module:
+        """The same network with fresh weights as a frozen one has to be for a fair comparison: every branch switched
+        on, BatchNorm statistics of these images."""
+        return calibrated(switched_on(self.fresh(size)).to(the_device(device)), images, size=size, seed=seed)
 
 
 @dataclass
@@ -114,8 +119,7 @@ def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: 
     inputs = dict(size=size, pool=source.pool, device=device, workers=workers)
     yield Subject(source.name, source.backbone(size), **inputs, parallel=parallel and parallel(size, False))
     if baselines:
-        fresh = switched_on(source.fresh(size)).to(device)
-        yield Subject("random initialisation", calibrated(fresh, train, size=size, seed=seed), **inputs,
+        yield Subject("random initialisation", source.rival(train, size, seed, device), **inputs,
                       parallel=parallel and parallel(size, True))
         yield Subject("raw pixels", None, **inputs)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..backbones import features
 from ..errors import InputError
 from ..parts import full_precision, sum_over_processes, world
-from ..reading import ViewSet, loader_workers
+from ..reading import in_order
 from ..recipes import Recipe
 from ..run import Run
 from ..views import CenterCrop, HorizontalFlip, Normalize, RandomResizedCrop, Resize, View, Views
@@ -97,16 +97,16 @@ class Supervised(Protocol):
     @classmethod
     def fitted(cls, recipe: Recipe) -> Recipe:
         """With as many classes as the data have, and the pool of the source's features."""
-        classes = len(recipe.load().classes)
-        for split in ("train", "test"):
-            labels_of(recipe.load(split), classes)
+        train, test = recipe.load(), recipe.load("test")
+        classes = len(train.classes)
+        labels_of(train, classes), labels_of(test, classes)
         # The recipe's own `pool` is for the monitor, the one among the numbers for the classifier.
         return recipe.with_(numbers={**recipe.numbers, "classes": classes, "pool": recipe.pool})
 
     def before_train(self, run: Run) -> None:
         super().before_train(run)
         torch.backends.cudnn.deterministic = self.deterministic
-        self.labels = labels_of(run.recipe.load(), self.head.out_features)
+        self.labels = labels_of(self.images, self.head.out_features)
 
     def test(self, run: Run) -> dict[str, float]:
         found = torch.zeros(3, dtype=torch.float64)  # right at once, right among five, all
@@ -122,10 +122,7 @@ class Supervised(Protocol):
         not count."""
         images, (rank, size) = run.recipe.load(self.test_on), world()
         labels, view = labels_of(images, self.head.out_features), self.test_view(run.recipe.size)
-        mine = [(i, 0) for i in range(rank, len(images), size)]
-        loader = torch.utils.data.DataLoader(
-            ViewSet(images, view.crop), batch_size=run.recipe.batch, sampler=mine, generator=torch.Generator(),
-            num_workers=loader_workers(run.settings["workers"], images, size))
+        loader = in_order(images, view.crop, run.recipe.batch, run.settings["workers"], rank, size)
         device, training = next(self.parameters()).device, self.training
         self.eval()
         for (crops,), index, seeds, broken in loader:

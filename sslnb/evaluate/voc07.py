@@ -13,12 +13,12 @@ from torch import nn
 from ..data import Images
 from ..errors import InputError, unknown
 from ..geometry import ImageOp, Resize
-from ..reading import ViewSet, loader_workers
+from ..reading import in_order
 from ..views import Normalize, View, Views
-from .features import calibrated, raw_pixels
+from .features import raw_pixels, the_device
 from .multihead import maps, pools
 from .pixels import MARGIN, MARGIN_FROM
-from .sources import LARGEST_SIZE, open_source, switched_on
+from .sources import LARGEST_SIZE, open_source
 
 KINDS = ("trained", "random initialisation", "raw pixels")
 
@@ -160,12 +160,11 @@ def voc_features(source, data: str | Path, *, kind: str = "trained", size: int |
         if missing:
             raise InputError(f"{len(missing)} images of the lists are not in {part.root}, first "
                              f"{os.path.basename(part.where(missing[0]))}: every image must be there.")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = the_device(device)
     if kind == "raw pixels":
         levels = {"pixels": {split: raw_pixels(part, size).x.numpy() for split, part in images.items()}}
     else:
-        network = source.backbone(size) if kind == "trained" else \
-            calibrated(switched_on(source.fresh(size)), images["train"], size=size, seed=seed)
+        network = source.backbone(size) if kind == "trained" else source.rival(images["train"], size, seed)
         rows = {split: _maps_of(network.to(device), part, size, batch, workers) for split, part in images.items()}
         levels = {f"feat{i}": {split: rows[split][i - 1] for split in rows} for i in range(1, len(rows["test"]) + 1)}
     return VocFeatures(source.name if kind == "trained" else kind, str(data), names,
@@ -177,9 +176,7 @@ def _maps_of(backbone: nn.Module, images: Images, size: int, batch: int, workers
     pooled, _ = pools(backbone.eval(), size=size)
     short = [Resize(round(size * MARGIN), "bilinear")] if size >= MARGIN_FROM else []
     view = Views(View(*short, Squash(size), Normalize()))  # to 256 first and then to a square: as published
-    loader = torch.utils.data.DataLoader(ViewSet(images, view.crop), batch_size=batch, generator=torch.Generator(),
-                                         sampler=[(i, 0) for i in range(len(images))],
-                                         num_workers=loader_workers(workers, images))
+    loader = in_order(images, view.crop, batch, workers)
     device, levels = next(backbone.parameters()).device, [[] for _ in pooled]
     for (crops,), _, seeds, broken in loader:
         if (broken >= 0).any():

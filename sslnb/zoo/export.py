@@ -13,7 +13,7 @@ import torch
 
 from ..backbones import MINI, SMALL_IMAGE
 from ..errors import InputError
-from ..run import Run, write_atomic
+from ..run import Run, save_tensors, write_atomic
 
 LICENCE = "mit"
 
@@ -24,17 +24,15 @@ def export(run: Run, folder: str | Path | None = None, *, licence: str = LICENCE
 
     `folder`: where, or `export` in the run directory. Errors: InputError for a run that is not finished.
     """
-    from safetensors.torch import save_file
-
     state = run.status().get("state")
     if state != "done":
         raise InputError(f"{run.path} is {state or 'not started'} and not done; finish it before its weights go out.")
     folder = Path(folder or run.path / "export")
     backbone, recipe = run.backbone(), run.recipe
-    tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
+    tensors = backbone.state_dict()
     theirs = to_openmmlab(tensors) if openmmlab else None
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", tensors)
     write_atomic(folder / "config.json", json.dumps(_config(recipe, backbone), indent=1))
     write_atomic(folder / "recipe.json", json.dumps(run.settings, indent=1))
     write_atomic(folder / "README.md", _card(run, licence))
