@@ -21,7 +21,7 @@ from sslnb.evaluate.collapse import alignment, diagnose, effective_rank, feature
 from sslnb.evaluate.features import calibrated, extract, raw_pixels, to_batch
 from sslnb.evaluate.knn import knn_grid, weighted_knn
 from sslnb.evaluate.linear import linear_probe
-from sslnb.evaluate.sources import switched_on
+from sslnb.evaluate.sources import open_source, switched_on
 from sslnb.views import IMAGENET_MEAN, IMAGENET_STD
 
 HALF = (0.5, 0.5, 0.5)
@@ -774,6 +774,6 @@ def test_images_that_no_other_process_can_load_are_refused(tmp_path):
 
 
 def test_a_process_that_fails_is_told_with_its_reason(tmp_path):
-    job = pieces.Job("nowhere/run", None, 0, False, 20, "model", "digits_scattered", "test", 300)
+    gone = open_source("nowhere/run", 0)
     with pytest.raises(RuntimeError, match="ended with code 1: .*backbone 'nowhere/run'"):
-        pieces.features_by_pieces(job, nn.Linear(1, 1), data.load("digits_scattered", "test"), tmp_path, 1)
+        pieces.features_by_pieces(gone, nn.Linear(1, 1), data.load("digits_scattered", "test"), 20, 0, tmp_path, 1)

@@ -1,9 +1,11 @@
-"""Evaluation: kNN, linear probe and a few labels, always beside an untrained network and raw pixels.
+"""Evaluation: what is a network worth? Always beside one that has not learned.
 
     from sslnb.evaluate import evaluate, table
-    print(table(evaluate("runs/simclr")))
+    print(table(evaluate("runs/simclr")))                              quick: kNN and a linear probe
+    evaluate("runs/simclr", "imagenet", ["linear_moco"], processes=8)  a published protocol, which trains
 
-A new protocol is one function `(subject, train, test, seed) -> Outcome` in PROTOCOLS.
+A new quick protocol is one function `(subject, train, test, seed) -> Outcome` in PROTOCOLS; a new one that trains is a
+class (protocol.py) and a recipe in RECIPES.
 """
 
 from collections.abc import Callable, Sequence
@@ -100,12 +102,11 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     if quick and settings:
         raise InputError(f"{', '.join(settings)} can be set for protocols that train, and {quick[0]} does not; "
                          "leave it out, or evaluate in two calls.")
-    trained = [train_protocol(source, name, data, seed=seed, size=size, workers=workers, backbone=backbone,
-                              processes=processes, **settings)
-               for name in protocols if name in RECIPES]
+    source = open_source(source, seed, backbone)
+    trained = [train_protocol(source, name, data, seed=seed, size=size, workers=workers, processes=processes,
+                              **settings) for name in protocols if name in RECIPES]
     if not quick:
         return trained
-    asked, source = source, open_source(source, seed, backbone)
     train, test = _load(data or source.data or DEFAULT_DATA)
     if train.labels is None or test.labels is None:
         print(f"{train.name} has no labels: probes are switched off.")
@@ -114,9 +115,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     device = the_device(device)
     workers = loader_workers(workers, train)
     rows = []
-    parallel = _by_pieces(asked, source, backbone, seed, folder or Path("runs"), processes) if processes > 1 else None
-    for subject in subjects(source, train, size=size, baselines=baselines, seed=seed,
-                            device=device, workers=workers, parallel=parallel):
+    for subject in subjects(source, train, size=size, baselines=baselines, seed=seed, device=device, workers=workers,
+                            processes=processes, folder=folder):
         for name in quick:
             outcome = PROTOCOLS[name](subject, train, test, seed)
             if outcome is None:
@@ -126,20 +126,6 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
             if folder is not None:
                 append_jsonl(folder / "results.jsonl", rows[-1])
     return trained + rows
-
-
-def _by_pieces(asked, source, backbone: str | None, seed: int, folder: Path, processes: int) -> Callable:
-    """What makes a Subject's features come from several processes."""
-    from . import pieces
-
-    name = str(asked) if isinstance(asked, str | Path) else str(asked.path)
-
-    def parallel(size: int, fresh: bool) -> Callable:
-        def features(network, images):
-            job = pieces.Job(name, backbone, seed, fresh, size, source.pool, images.name, images.split, pieces.PIECE)
-            return pieces.features_by_pieces(job, network, images, folder, processes)
-        return features
-    return parallel
 
 
 def _load(data) -> tuple:

@@ -21,13 +21,14 @@ from ..errors import InputError
 from ..reading import loader_workers
 from ..run import checksum, save_tensors, write_atomic
 from .features import Features, extract
+from .sources import Source, open_source
 
 PIECE = 20_000
 
 
 @dataclass(frozen=True)
 class Job:
-    """One network and one set of images, by names that another process can open."""
+    """One network and one set of images, by names that another process can open; `piece`: images of a file."""
 
     source: str
     backbone: str | None
@@ -37,16 +38,20 @@ class Job:
     pool: str
     data: str
     split: str
-    piece: int  # images of a file
+    piece: int
 
 
-def features_by_pieces(job: Job, network: nn.Module, images: Images, folder: Path, processes: int) -> Features:
+def features_by_pieces(source: Source, network: nn.Module, images: Images, size: int, seed: int, folder: Path,
+                       processes: int) -> Features:
     """Features of all images, in their order. Pieces lie in `folder`/features/…, the same for the same job.
 
+    `network`: the source's, or one like it with weights of its own, which are handed over in a file.
     Errors: InputError if the images cannot be loaded by their name, RuntimeError if a process fails.
     """
     from safetensors.torch import load_file
 
+    job = Job(source.origin, source.given, seed, source.fresh_weights, size, source.pool, images.name, images.split,
+              PIECE)
     if len(load(job.data, job.split)) != len(images):
         raise InputError(f"{job.data} ({job.split}) loads other images than those that are evaluated, and other "
                          "processes load them by name; give the name or the path of the whole set, or processes=1.")
@@ -89,8 +94,6 @@ def _start(place: Path, processes: int) -> None:
 def compute(place: Path, rank: int, processes: int) -> None:
     """The pieces of one process that are not there yet."""
     from safetensors.torch import load_file
-
-    from .sources import open_source
 
     said = json.loads((place / "job.json").read_text())
     job = Job(**{name: said[name] for name in Job.__dataclass_fields__})

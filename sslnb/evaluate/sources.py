@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ class Source:
     architecture: str = ""  # for backbones.build, with these arguments
     numbers: Mapping[str, object] = field(default_factory=dict)
     fresh_weights: bool = False  # nothing was learned yet
+    origin: str = ""  # what `open_source` was given, for another process to open it again, and
+    given: str | None = None  # the `backbone` beside it
 
     def untrained(self) -> "Source":
         """The same network with fresh weights: the baseline of everything that is claimed for the source."""
@@ -49,7 +52,7 @@ class Subject:
     pool: str = "model"
     device: str | torch.device = "cpu"
     workers: int = 0
-    parallel: Callable[[nn.Module, object], Features] | None = None  # features by several processes, see pieces.py
+    parallel: Callable[[nn.Module, object], Features] | None = None  # instead of `extract`: by several processes
     _cache: dict = field(default_factory=dict, repr=False)
 
     def features(self, images) -> Features:
@@ -66,14 +69,16 @@ class Subject:
 
 
 def open_source(source, seed: int, backbone: str | None = None, **numbers: object) -> Source:
-    """A Run, the path of a run directory, a file of weights, a name of the zoo's, or a timm name (weights drawn from
-    `seed`).
+    """A Run, the path of a run directory, a file of weights, a name of the zoo's, a timm name (weights drawn from
+    `seed`), or a Source, which is open already.
 
     `backbone` is the timm name of a file's network, if the file does not tell; `numbers` are for its construction, such
     as sobel=True.
     """
     from .. import backbones, zoo
 
+    if isinstance(source, Source):
+        return source
     if isinstance(source, str | Path) and (Path(source).is_file() or str(source) in zoo.MODELS):
         return _from_file(source, seed, backbone, numbers)
     if isinstance(source, str | Path):
@@ -82,7 +87,8 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
                 raise InputError(f"There is no run directory or file {str(source)!r}: give one that exists, or a timm "
                                  "name.")
             build = _seeded(seed, lambda size: backbones.build(source, size))
-            return Source(f"{source} (untrained)", build, build, architecture=str(source), fresh_weights=True)
+            return Source(f"{source} (untrained)", build, build, architecture=str(source), fresh_weights=True,
+                          origin=str(source))
         from ..run import Run
 
         source = Run.open(source)
@@ -90,7 +96,7 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
     # Fresh weights come from the method: MAE, for one, initialises its ViT in its own way.
     return Source(Path(source.path).name, lambda size: source.backbone(),
                   _seeded(seed, lambda size: recipe.build().backbone), recipe.size, recipe.data, Path(source.path),
-                  recipe.pool, recipe.backbone, recipe.backbone_numbers)
+                  recipe.pool, recipe.backbone, recipe.backbone_numbers, origin=str(source.path))
 
 
 def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mapping[str, object]) -> Source:
@@ -106,21 +112,27 @@ def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mappi
     fresh = _seeded(seed, lambda size: zoo.fresh(name, numbers, native, size))
     row = zoo.find(file)
     return Source(Path(file).name, trained, fresh, pool=row.pool if row else "model", architecture=name,
-                  numbers=numbers)
+                  numbers=numbers, origin=str(file), given=backbone)
 
 
 def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: int,
-             device: str | torch.device, workers: int, parallel: Callable | None = None) -> Iterator[Subject]:
-    """The source, then its random initialisation (statistics calibrated on `train`), then raw pixels.
-
-    `parallel(size, fresh)` makes a Subject's `parallel`.
-    """
+             device: str | torch.device, workers: int, processes: int = 1, folder: Path | None = None
+             ) -> Iterator[Subject]:
+    """The source, then its random initialisation (statistics calibrated on `train`), then raw pixels. Several
+    `processes` leave their pieces of features in `folder`."""
     size = size or source.size or min(LARGEST_SIZE, *train[0].size)
     inputs = dict(size=size, pool=source.pool, device=device, workers=workers)
-    yield Subject(source.name, source.backbone(size), **inputs, parallel=parallel and parallel(size, False))
+
+    def by(who: Source) -> Callable | None:
+        from .pieces import features_by_pieces
+
+        return partial(features_by_pieces, who, size=size, seed=seed, folder=folder or Path("runs"),
+                       processes=processes) if processes > 1 else None
+
+    yield Subject(source.name, source.backbone(size), **inputs, parallel=by(source))
     if baselines:
-        yield Subject("random initialisation", source.rival(train, size, seed, device), **inputs,
-                      parallel=parallel and parallel(size, True))
+        rival = source.rival(train, size, seed, device)
+        yield Subject("random initialisation", rival, **inputs, parallel=by(source.untrained()))
         yield Subject("raw pixels", None, **inputs)
 
 

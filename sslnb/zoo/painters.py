@@ -34,8 +34,8 @@ def painter(file: str | Path, backbone: str | None = None, *, heads: int = HEADS
     held = tensors(read(file))
     state = decoder_of(held)
     if not state and any(re.match(r"(neck\.)?decoder", name) for name in held):
-        raise InputError(f"{file} holds a decoder, but not MAE's, and no other one is read here; give the run directory "
-                         "of its method, or a file of MAE.")
+        raise InputError(f"{file} holds a decoder, but not MAE's, and no other one is read here; give the run "
+                         "directory of its method, or a file of MAE.")
     if not state:
         raise InputError(f"{file} is a file of weights, and those of an encoder cannot paint: the decoder or head that "
                          "makes pictures is missing there. Give the run directory of a masked method, or a file of MAE "
