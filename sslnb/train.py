@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import launch, optim, parts
+from . import launch, optim
+from .batchnorm import sync_batchnorm
 from .checks import prepare
 from .errors import InputError, NonFinite
 from .evaluate.collapse import output_std
@@ -89,7 +90,7 @@ class Trainer:
         torch.manual_seed(self.seed)  # before anything is built, and the same everywhere
         method = recipe.build()
         if method.sync_bn and world > 1:
-            parts.sync_batchnorm(method, self.cuda)
+            sync_batchnorm(method, self.cuda)
         method.to(self.device, memory_format=torch.channels_last)
         self.method = method
         self.optimizer = optim.build(method.param_groups(recipe), recipe)

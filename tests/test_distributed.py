@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from sslnb import Run, losses, methods, parts, pretrain
+from sslnb.batchnorm import sync_batchnorm
 from sslnb.losses import nt_xent
 from sslnb.methods import npid
 from sslnb.methods.base import Masked
@@ -75,7 +76,7 @@ def methods_worker(rank, world, folder):
         method, views, draws = built(name)
         fix_draws(method, draws, mine)
         if method.sync_bn:
-            parts.sync_batchnorm(method, cuda=False)
+            sync_batchnorm(method, cuda=False)
         model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
         model([v[mine] for v in views], torch.arange(N)[mine])["loss"].backward()
         if rank == 0:
@@ -140,7 +141,7 @@ def test_a_gather_that_returns_its_own_slice_gives_one_wth_of_the_gradient(tmp_p
 
 def norm_worker(rank, world, store, x, out):
     connect(rank, world, store)
-    norm = parts.sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), cuda=False)
+    norm = sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)), cuda=False)
     y = norm(x.chunk(world)[rank].requires_grad_())
     if rank == 0:
         torch.save(y.detach(), out)

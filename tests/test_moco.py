@@ -11,9 +11,10 @@ from test_distributed import leave
 from torch import nn
 
 from sslnb import methods
+from sslnb.batchnorm import SplitBatchNorm, split_batchnorm
 from sslnb.errors import InputError
 from sslnb.losses import info_nce, look_up
-from sslnb.parts import Queue, SplitBatchNorm, normalized, shuffle, split_batchnorm, unshuffle
+from sslnb.parts import Queue, normalized, shuffle, unshuffle
 from sslnb.views import Blur, ColorJitter, Greyscale, RandomResizedCrop
 
 BOTH = ["mocov1", "mocov2"]

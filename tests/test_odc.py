@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 from test_distributed import leave
 from torch.nn.functional import cosine_similarity
 
-from sslnb import data, embedded, methods, parts
+from sslnb import data, embedded, methods
+from sslnb.batchnorm import sync_batchnorm
 from sslnb.errors import InputError
 from sslnb.optim import build as build_optimizer
 from sslnb.parts import normalized
@@ -275,7 +276,7 @@ def lived(rank, world):
     torch.manual_seed(0)
     method = recipe.build().train()
     if world > 1:
-        parts.sync_batchnorm(method, cuda=False)
+        sync_batchnorm(method, cuda=False)
     torch.manual_seed(100 + rank)  # as in train.py: processes differ in what they draw
     method.before_train(SimpleNamespace(recipe=recipe, seed=0))
     generator = torch.Generator().manual_seed(1)

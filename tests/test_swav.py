@@ -295,7 +295,7 @@ def three_steps(rank, world):
     """Three batches with a queue that is full for the third: the last loss's gradients, the codes and the queue."""
     method = small(queue=10, queue_from=0, freeze_prototypes=0, iterations=3)
     if world > 1:
-        from sslnb.parts import sync_batchnorm
+        from sslnb.batchnorm import sync_batchnorm
 
         sync_batchnorm(method, cuda=False)
     model = nn.parallel.DistributedDataParallel(method, broadcast_buffers=False) if world > 1 else method

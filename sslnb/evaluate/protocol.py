@@ -105,11 +105,10 @@ def train_protocol(source, protocol: str, data: str | Path | None = None, out: s
                    **settings: Any) -> dict:
     """Train a protocol from the backbone of `source` and return its row, which is written down too.
 
-    `source`: a Run, the path of a run directory, a name of the zoo, a file of weights (of `backbone`, where the file
-    does not tell), or a timm name (weights drawn from `seed`); `fresh` takes the source's network with fresh weights
-    instead, the baseline. `protocol`: a name in `RECIPES` of sslnb.evaluate, or any name, with a `recipe` of your own.
-    `settings`: as in `train_from`; what changes the recipe makes another protocol of it, and the row says so. The row
-    goes to results.jsonl of the source and of the protocol's run. Errors: InputError before any work.
+    `source`, `backbone`: as in `open_source`, or a Source that it returned; `fresh` takes the source's network with
+    fresh weights instead, the baseline. `protocol`: a name in `RECIPES` of sslnb.evaluate, or any name, with a `recipe`
+    of your own. `settings`: as in `train_from`; what changes the recipe makes another protocol of it, and the row says
+    so. The row goes to results.jsonl of the source and of the protocol's run. Errors: InputError before any work.
     """
     source = open_source(source, seed, backbone)
     source = source.untrained() if fresh else source

@@ -17,18 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import cells
+from ..batchnorm import average_statistics, split_batchnorm
 from ..losses import info_nce, look_up
 from ..optim import trainable
 from ..parts import (
     Queue,
-    average_statistics,
     ema_update,
     frozen_copy,
     full_precision,
     mlp,
     normalized,
     shuffle,
-    split_batchnorm,
     unshuffle,
 )
 from ..recipes import Recipe

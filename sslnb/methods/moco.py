@@ -16,17 +16,16 @@ matter to no gradient. v2's blur is SimCLR's, a tenth of the image wide (there: 
 import torch
 from torch import Tensor, nn
 
+from ..batchnorm import average_statistics, split_batchnorm
 from ..losses import info_nce, look_up
 from ..optim import trainable
 from ..parts import (
     Queue,
-    average_statistics,
     ema_update,
     frozen_copy,
     mlp,
     normalized,
     shuffle,
-    split_batchnorm,
     unshuffle,
 )
 from ..recipes import Recipe
