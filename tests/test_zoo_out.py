@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sslnb import Run, backbones, methods, pretrain
 from sslnb.errors import InputError
-from sslnb.evaluate import RECIPES, evaluate
+from sslnb.evaluate import RECIPES, evaluate, train_protocol
 from sslnb.run import code_of
 from sslnb.zoo.export import export, push, to_openmmlab
 from sslnb.zoo.published import BACKBONES, everything, executed, measured, published, side_by_side
@@ -174,9 +174,11 @@ def test_a_changed_method_makes_its_numbers_stale(run, tmp_path, monkeypatch):
     assert "stale" in side_by_side(measured(run.path))
 
 
-def test_a_row_beside_source_and_probe_comes_once(run):
-    evaluate(run, protocols=["linear_demo"], epochs=1)
-    rows = [r for r in measured(run.path.parent) if r["protocol"].startswith("linear_demo")]
+@pytest.mark.parametrize("place", ["a probe", "z probe"], ids=["found before its source", "found after it"])
+def test_a_row_beside_source_and_probe_comes_once(run, place):
+    out = run.path.parent / place
+    train_protocol(run, "linear_demo", out=out, epochs=1)
+    rows = [r for r in measured(run.path.parent) if r.get("run") == str(out)]
     assert len(rows) == 1 and rows[0]["method"] == "simclr" and Run.open(rows[0]["run"]).recipe.method != "simclr"
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..data import Images, load
 from ..errors import InputError
+from ..launch import limit_threads
 from ..reading import loader_workers
 from ..run import checksum, save_tensors, write_atomic
 from .features import Features, extract
@@ -74,8 +75,7 @@ def _start(place: Path, processes: int) -> None:
     """All processes of this machine, each with a GPU of its own if there are any."""
     gpus, children = torch.cuda.device_count(), []
     for rank in range(processes):
-        own = {"CUDA_VISIBLE_DEVICES": str(rank % gpus)} if gpus else {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        own = {"CUDA_VISIBLE_DEVICES": str(rank % gpus)} if gpus else {}
         command = [sys.executable, "-m", "sslnb.evaluate.pieces", str(place), str(rank), str(processes)]
         children.append(subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True))
     try:
@@ -101,6 +101,7 @@ def compute(place: Path, rank: int, processes: int) -> None:
     mine = [n for n in range(_count(job, images)) if n % processes == rank and not _piece(place, n).exists()]
     if not mine:
         return
+    limit_threads(processes)
     source = open_source(job.source, job.seed, job.backbone)
     network = (source.fresh if job.fresh else source.backbone)(job.size)
     network.load_state_dict(load_file(place / "weights.safetensors"))

@@ -8,7 +8,7 @@ read as code; the published files themselves were never opened.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -116,14 +116,18 @@ def _agreeing(state: Tensors, prefix: str, wanted: dict[str, torch.Size]) -> int
 
 
 def _renamed(plain: Plain, *rules: tuple[str, str | Callable[[re.Match], str]]) -> None:
-    """All rules, one after the other, on every name."""
     tensors, origin = {}, {}
     for name, tensor in plain.tensors.items():
-        new = name
-        for pattern, replacement in rules:
-            new = re.sub(pattern, replacement, new)
+        new = renamed(name, rules)
         tensors[new], origin[new] = tensor, plain.origin[name]
     plain.tensors, plain.origin = tensors, origin
+
+
+def renamed(name: str, rules: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
+    """All rules, one after the other: patterns and what takes their place."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 # ---------------------------------------------------------------- dialects

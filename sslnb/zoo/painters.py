@@ -15,11 +15,11 @@ from torch import Tensor
 from ..errors import InputError
 from ..methods.mae import MAE
 from .files import read
+from .layouts import MLP, renamed
 from .match import tensors
 
-OURS = (("decoder_embed.", "embed."), ("decoder_pos_embed", "position"), ("decoder_blocks.", "blocks."),
-        ("decoder_norm.", "norm."), ("decoder_pred.", "predict."))
-BLOCK = ((".ln1.", ".norm1."), (".ln2.", ".norm2."), (".ffn.layers.0.0.", ".mlp.fc1."), (".ffn.layers.1.", ".mlp.fc2."))
+OURS = ((r"^decoder_embed\.", "embed."), (r"^decoder_pos_embed", "position"), (r"^decoder_blocks\.", "blocks."),
+        (r"^decoder_norm\.|^ln1\.", "norm."), (r"^decoder_pred\.", "predict."), *MLP, (r"\.ln(\d)\.", r".norm\1."))
 HEADS = 16  # of every published decoder, whatever its width
 
 
@@ -61,13 +61,6 @@ def decoder_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     start = next((k.removesuffix("decoder_embed.weight") for k in state if k.endswith("decoder_embed.weight")), None)
     if start is None:
         return {}
-    found = {}
-    for name, tensor in state.items():
-        inner = name.removeprefix(start)
-        if not name.startswith(start) or not (inner.startswith("decoder_") or inner == "mask_token"
-                                              or re.match(r"ln1\.", inner) and start):
-            continue
-        for old, new in (*OURS, *BLOCK):
-            inner = inner.replace(old, new) if not old.startswith("decoder_") or inner.startswith(old) else inner
-        found[re.sub(r"^ln1\.", "norm.", inner)] = tensor
-    return found
+    inside = {name[len(start):]: tensor for name, tensor in state.items() if name.startswith(start)}
+    return {renamed(name, OURS): tensor for name, tensor in inside.items()
+            if re.match(r"decoder_|mask_token$|ln1\.", name)}
