@@ -3,6 +3,7 @@
 x is (B, 3, H, W) in [0, 1]; factors are (B,). Formulas agree with torchvision.transforms.functional.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -53,7 +54,8 @@ def _mix(x: Tensor) -> Tensor:
 
 def luma(x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, 1, H, W)."""
-    return (x * per_channel(LUMA, x)).sum(1, keepdim=True)
+    r, g, b = (x * per_channel(LUMA, x)).unbind(1)
+    return (r + g).add_(b)[:, None]
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -62,7 +64,9 @@ def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean luma of the image."""
-    return torch.lerp(luma(x).mean((1, 2, 3), keepdim=True), x, per_image(factor)).clamp_(0, 1)
+    grey = luma(x)
+    grey.copy_(grey.mean((1, 2, 3), keepdim=True))  # spread out: a blend with one number takes five times as long
+    return torch.lerp(grey, x, per_image(factor)).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
@@ -71,42 +75,46 @@ def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
-    """Turn the hue circle by `factor` in (-0.5, 0.5): RGB -> HSV -> RGB without branches."""
+    """Turn the hue circle by `factor` in (-0.5, 0.5), in turns: HSV's hue, without branches.
+
+    With V the largest channel, m the smallest and C = V - m the hue is h = sign(G - B) (1 + (G + B - R - m) / C) / 6,
+    and the channel c turns along the circle (0, 1/3, 2/3) is V - C clamp(6 |h - c| - 1, 0, 1), |h - c| the shorter way.
+    """
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    is_red, is_green = value == r, value == g
-    hue = torch.where(is_red, g - b, torch.where(is_green, b - r, r - g)).div_(chroma.clamp_min(1e-8))
-    hue += torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
-    hue = hue.div_(6).add_(factor[:, None, None] + 1)  # in turns, never negative: then frac is the remainder
-    turned = torch.empty_like(x)
-    for place, n in enumerate((5, 3, 1)):
-        k = (hue + n / 6).frac_().mul_(6)
-        torch.addcmul(value, chroma, torch.minimum(k, 4 - k).clamp_(0, 1), value=-1, out=turned[:, place])
-    return turned
+    least = torch.minimum(torch.minimum(r, g), b)
+    chroma = (value - least).mul_(6)
+    hue = (g + b).sub_(r).sub_(least).div_(chroma.clamp_min(1e-7)).add_(1 / 6).copysign_(g - b)
+    away = (hue + factor[:, None, None])[:, None] - per_channel((0.0, 1 / 3, 2 / 3), x)
+    away.sub_(away.round()).abs_().clamp_(1 / 6, 1 / 3)
+    return torch.addcmul(value.add_(chroma, alpha=1 / 6)[:, None], chroma[:, None], away, value=-1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Separable blur with its own σ per image, as weighted sums of shifted slices; the borders are reflected."""
+    """Separable blur with its own σ per image, as weighted sums of shifted images; the borders are reflected."""
     reach = taps // 2
-    if x.device.type == "cpu":  # what lies further away than 5 σ weighs less than 1e-5; asking a GPU for σ would wait
-        reach = min(reach, max(1, math.ceil(5 * float(sigma.max()))))
+    if x.device.type == "cpu":  # what lies further away than 4 σ weighs less than 1e-4; asking a GPU for σ would wait
+        reach = min(reach, max(1, math.ceil(4 * float(sigma.max()))))
     t = torch.arange(reach + 1, device=x.device)
     kernel = torch.exp(-0.5 * (t / sigma[:, None]) ** 2)
-    kernel = (kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1]))[:, :, None, None, None]
+    kernel = (kernel / (2 * kernel.sum(1, keepdim=True) - kernel[:, :1]))[:, :, None, None, None].unbind(1)
     for d in (3, 2):
         padded = F.pad(x, [reach, reach, 0, 0] if d == 3 else [0, 0, reach, reach], mode="reflect")
-        n = x.shape[d]
-        x = padded.narrow(d, reach, n) * kernel[:, 0]
+        shifted = padded.unfold(d, x.shape[d], 1).movedim(-1, d + 1).unbind(d)  # views, from -reach to reach
+        x = shifted[reach] * kernel[0]
         for shift in range(1, reach + 1):
-            pair = padded.narrow(d, reach - shift, n) + padded.narrow(d, reach + shift, n)
-            x.addcmul_(pair, kernel[:, shift])
+            x.addcmul_(shifted[reach - shift] + shifted[reach + shift], kernel[shift])
     return x
 
 
 def per_image(factor: Tensor) -> Tensor:
-    return factor[:, None, None, None]
+    return factor.view(-1, 1, 1, 1)
 
 
 def per_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)[:, None, None]
+    return _on_device(numbers, like.dtype, like.device)
+
+
+@functools.cache
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, device=device)[:, None, None]
