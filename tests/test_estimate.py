@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sslnb import methods, preflight, pretrain, resolve
+from sslnb.data import Images
 from sslnb.errors import InputError
-from sslnb.estimate import Preflight
+from sslnb.estimate import FIRST, Preflight
 
 GIB = 2**30
 
@@ -45,20 +46,28 @@ def test_it_says_what_a_run_then_takes(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["byol", "mae", "npid", "deepcluster", "odc", "cae"])
-def test_methods_with_memories_and_hooks_can_be_measured(tiny, method):
+def test_methods_with_memories_and_hooks_can_be_measured(tiny, method, monkeypatch):
+    kind, hooks, called = methods.get(method), ("before_train", "before_epoch", "before_step", "after_step"), []
+
+    def noting(name, real):
+        return lambda *args: (called.append(name), real(*args))[1]
+
+    for name in hooks:
+        monkeypatch.setattr(kind, name, noting(name, getattr(kind, name)))
     assert preflight(tiny(method), steps=3).step > 0
+    assert tuple(dict.fromkeys(called)) == hooks, "each of them, and in this order"
 
 
-def test_a_recipe_for_many_processes_is_measured_as_one_of_them(tiny):
-    recipe = tiny("byol", gpus=2, batch=16, accum=2)
+def test_a_recipe_for_many_processes_is_measured_as_one_of_them(tiny, monkeypatch):
+    recipe, read, get = tiny("byol", gpus=2, batch=16, accum=2), [], Images.__getitem__
+    monkeypatch.setattr(Images, "__getitem__", lambda self, i: (read.append(i), get(self, i))[1])
     found = preflight(recipe, steps=2)
+    assert len(read) >= (FIRST + 2) * 2 * 16, "both parts of every step are trained"
     assert found.processes == 2 and found.steps_per_epoch == 2  # 130 images, 64 a step
     assert found.images_per_s * found.step == pytest.approx(32), "its own 2 x 16"
 
 
 def test_slow_files_show(tiny, monkeypatch):
-    from sslnb.data import Images
-
     read = Images.__getitem__
     monkeypatch.setattr(Images, "__getitem__", lambda self, i: (time.sleep(0.01), read(self, i))[1])
     found = preflight(tiny(), steps=3)

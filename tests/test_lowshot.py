@@ -17,6 +17,7 @@ from sslnb.data import BrokenImage
 from sslnb.errors import InputError
 from sslnb.evaluate import lowshot, voc07
 from sslnb.evaluate.lowshot import COSTS, average_precision, draw, low_shot, svm
+from sslnb.evaluate.sources import open_source
 from sslnb.evaluate.voc07 import VocFeatures, digits_in_photos, voc_classes, voc_features, write_voc_labels
 
 
@@ -135,6 +136,10 @@ def test_baselines_have_names_of_their_own_and_raw_pixels_one_level(folder):
     pixels = voc_features("resnet_mini", folder, kind="raw pixels", size=40, workers=0)
     assert fresh.source == "random initialisation" and pixels.source == "raw pixels"
     assert list(pixels.levels) == ["pixels"] and pixels.levels["pixels"]["test"].shape == (80, 32 * 32 * 3)
+    images = voc_classes(folder, "train")[0]
+    rival = open_source("resnet_mini", 0).rival(images, 40, 0)  # with batch-norm statistics of these images
+    for level, mine in enumerate(voc07._maps_of(rival, images, 40, 64, 0), 1):
+        assert np.allclose(fresh.levels[f"feat{level}"]["train"], mine, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong, sentence", [({"kind": "trianed"}, "did you mean 'trained'"),

@@ -185,6 +185,9 @@ def test_a_decoder_of_another_build_is_refused(tmp_path):
     torch.save({"model": {k: v for k, v in state.items() if k != "decoder_norm.bias"}}, tmp_path / "mae.pth")
     with pytest.raises(InputError, match="holds a decoder of another build: norm.bias does not fit"):
         painter(tmp_path / "mae.pth")
+    torch.save({"model": {**state, "decoder_blocks.0.extra.weight": torch.ones(2)}}, tmp_path / "more.pth")
+    with pytest.raises(InputError, match="holds a decoder of another build: blocks.0.extra.weight does not fit"):
+        painter(tmp_path / "more.pth")
 
 
 @pytest.mark.parametrize("name", ["decoder.0.weight", "neck.decoder_pred.0.weight"])
