@@ -63,7 +63,7 @@ class ODC(Method):
         self.register_buffer("labels", torch.arange(images) % clusters)  # arbitrary, until the run begins
         self.register_buffer("centroids", normalized(torch.randn(clusters, dim)))
         self.register_buffer("sizes", torch.zeros(clusters, dtype=torch.int64))
-        self.register_buffer("steps", torch.tensor(0))
+        self.steps = 0
         self.register_buffer("clustered", torch.tensor(False))
         self.clusters, self.min_cluster, self.momentum, self.reweight = clusters, min_cluster, momentum, reweight
         self.every, self.iterations, self.head_lr = every, iterations, head_lr
@@ -114,17 +114,28 @@ class ODC(Method):
         self.bank.vectors.copy_(sum_over_processes(vectors))
         _, labels = kmeans(self.bank.vectors, self.clusters, self.iterations, draw_seed(run.seed, 0, -2))
         self.labels.copy_(agreed(labels))
-        self.sizes.copy_(self.labels.bincount(minlength=self.clusters))
+        self.count()
         self.move_centroids()
         self.clustered.fill_(True)
+
+    def get_extra_state(self) -> Tensor:
+        """In the state dict as a buffer would be, but never on the device: a number there has to be waited for."""
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, steps: Tensor) -> None:
+        self.steps = int(steps)
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
         self.steps += 1
-        self.sizes.copy_(self.labels.bincount(minlength=self.clusters))
+        self.count()
         if self.steps % self.every == 0:
             self.move_centroids()
         self.repair()
+
+    def count(self) -> None:
+        """The sizes of the clusters. Not `bincount`, for which a GPU would have to wait."""
+        self.sizes.zero_().index_add_(0, self.labels, torch.ones_like(self.labels))
 
     def move_centroids(self) -> None:
         """Every centroid to the mean of its cluster; that of an empty cluster stays."""
@@ -135,13 +146,13 @@ class ODC(Method):
     def repair(self) -> None:
         """Clusters below `min_cluster` dissolve into the nearest others; each is refilled with half of the largest."""
         small = self.sizes < self.min_cluster
-        if not small.any():
+        if not small.any():  # the one look of a step at what is on the device
             return
         others = (~small).nonzero()[:, 0]
         for some in small[self.labels].nonzero()[:, 0].split(1000):
             near = (self.bank.vectors[some] @ self.centroids[others].T).argmax(1)
             self.labels[some] = agreed(others[near])
-        self.sizes.copy_(self.labels.bincount(minlength=self.clusters))
+        self.count()
         for empty in small.nonzero()[:, 0]:
             self.split(self.sizes.argmax(), empty)
 
