@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .parts import sum_over_processes, world
+from .parts import in_groups, sum_over_processes, world
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -69,7 +69,7 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        groups = x.tensor_split(-(-len(x) // self.images))
+        groups = in_groups(x, self.images)
         if not self.training or len(groups) == 1:
             return super().forward(x)
         running = self.running_mean, self.running_var

@@ -1,11 +1,20 @@
-"""Clocks for notebooks/throughput.ipynb: everything side by side, in turns, with the floor that no code can beat."""
+"""Clocks for notebooks/throughput.ipynb: everything side by side, in turns, with the floor that no code can beat.
 
+And scales: what memory a step needs, each in a process of its own.
+"""
+
+import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -123,6 +132,63 @@ def bare_step(recipe: Recipe) -> Callable[[], object]:
             backbone(x).sum().backward()
         backbone.zero_grad()
     return step
+
+
+# ---------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a training step, beyond what Python and PyTorch hold by themselves: {batch: bytes}."""
+
+    peaks: dict[int, int]
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """(bytes per image, fixed part) of the straight line through the peaks, by least squares."""
+        per_image, fixed = np.polyfit(list(self.peaks), list(self.peaks.values()), 1)
+        return float(per_image), float(fixed)
+
+
+def memory(recipes: Mapping[str, Recipe], batches: Sequence[int] = (16, 32, 64, 128)) -> dict[str, Memory]:
+    """Weigh the training step of each recipe at each batch: memory of the GPU if there is one, else of the process.
+
+    Every measurement has a process to itself, in which glibc returns large blocks at once: what it would otherwise keep
+    for later makes half as much again of what is needed, or nothing, as it happens.
+    """
+    cases = [r.with_(batch=batch, gpus=1, accum=1, precision="fp32") for r in recipes.values() for batch in batches]
+    found = subprocess.run([sys.executable, "-c", "from sslnb.bench import _weigh; _weigh()"], text=True, check=True,
+                           env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}, stdout=subprocess.PIPE,
+                           input="\n".join(json.dumps(r.to_json()) for r in cases)).stdout
+    peaks = iter(int(line) for line in found.split())
+    return {name: Memory({batch: next(peaks) for batch in batches}) for name in recipes}
+
+
+def peak(cuda: bool) -> int:
+    """The most bytes this process has held so far, of the GPU or of main memory."""
+    if cuda:
+        return torch.cuda.max_memory_allocated()
+    if os.path.exists("/proc/self/status"):  # of this process alone: getrusage's peak begins with its parent's
+        with open("/proc/self/status") as status:
+            return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _weigh() -> None:
+    """Peaks, one a line, of the recipes on standard input, one a line, each in a fork of this process."""
+    for line in sys.stdin:
+        recipe = Recipe.from_json(json.loads(line))
+        with torch.device("meta"):  # imports all that is needed, and holds nothing
+            recipe.build()
+        if (child := os.fork()) == 0:
+            cuda = torch.cuda.is_available()
+            before, step = peak(cuda), training_step(recipe)
+            for _ in range(2):  # the optimizer's own numbers are there from the second step on
+                step()
+            print(peak(cuda) - before, flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            sys.exit(1)
 
 
 def _random_views(method, recipe: Recipe) -> list[Tensor]:

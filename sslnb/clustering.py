@@ -5,6 +5,8 @@ needed beside the features does not grow with their number. With `shared=True` t
 each holds its own rows, all call together, only sums travel, and every process gets the centroids of all rows.
 """
 
+import heapq
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,12 +52,15 @@ def _fill_empty(centroids: Tensor, counts: Tensor) -> None:
     counts = counts.tolist()
     push = torch.ones_like(centroids[0]) / 1024
     push[1::2] *= -1
+    sizes = [(-n, c) for c, n in enumerate(counts) if n > 0]  # a heap: of a collapsed network nearly all are empty
+    heapq.heapify(sizes)
     for empty in (c for c, n in enumerate(counts) if n == 0):
-        largest = max(range(len(counts)), key=counts.__getitem__)
+        n, largest = heapq.heappop(sizes)
         centroids[empty] = centroids[largest] * (1 + push)
         centroids[largest] *= 1 - push
-        counts[empty] = counts[largest] // 2
-        counts[largest] -= counts[empty]
+        half = -n // 2
+        heapq.heappush(sizes, (-half, empty))
+        heapq.heappush(sizes, (n + half, largest))
 
 
 @torch.no_grad()

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from .embedded import DEBIAN_FASHION_MNIST, EMBEDDED, FASHION_CLASSES, read_idx
 from .errors import InputError, unknown
+from .folders import EXTENSIONS, Listing, kept, listing, subfolders
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 NAMES = [*EMBEDDED, "clothes_in_photos", *DOWNLOADS, "imagenet", "imagenet100"]
 HELD_OUT = 0.1
@@ -67,6 +67,8 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     `fraction` keeps a part in (0, 1] of each class drawn by `seed`, or the images named in a file (`file` or
     `class/file` per line). `classes` is a file with the classes to keep, one per line.
     A folder in the layout of VOC or COCO has boxes too, see sslnb.boxes.
+    The list of a folder with more than 20,000 images is kept in $XDG_CACHE_HOME/sslnb (else ~/.cache/sslnb), and made
+    anew as soon as a file or folder was added, removed or renamed; see sslnb.folders.
     `root` is where a downloaded set lies: otherwise $SSLNB_DATA or ./data, for ImageNet $IMAGENET or
     ./data/imagenet. Whatever is unknown, missing or contradictory raises InputError.
     """
@@ -119,18 +121,20 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
         return Images(name, split, pixels, labels=labels, classes=classes)
     if name in DOWNLOADS:
         return _downloaded(name, split, Path(root or os.environ.get("SSLNB_DATA", "data")).expanduser())
-    from . import boxes
-    if (found := boxes.find(name, split)) is not None:
-        return found
+    path = Path(name).expanduser()
+    known = None if name in NAMES else kept(path)
+    if known is None or any(folder.startswith(("VOC", "annotations")) for folder in known.folders):
+        from . import boxes
+        if (found := boxes.find(name, split)) is not None:
+            return found
     if name in NAMES:
         folder = Path(root or os.environ.get("IMAGENET", "data/imagenet")).expanduser()
         return _split_folder(folder, split, name)
-    path = Path(name).expanduser()
     if path.is_file():
         return _hold_out(_listed(path, Path(root or path.parent).expanduser(), split), seed)
     if not path.is_dir():
         unknown("data set (a name, or a path to a folder or list file that exists)", str(name), NAMES)
-    folders = _subfolders(path)
+    folders = set(known.folders) if known else subfolders(path)
     splits = folders & {"train", "val", "test"}
     # A class may be called "train": it is a split only beside another split, or when it is all there is.
     if splits and (splits == folders or "train" in splits and len(splits) > 1):
@@ -138,7 +142,7 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
     lists = path / "train.txt", path / "val.txt"
     if all(file.is_file() for file in lists):
         return _listed(lists[split != "train"], Path(root or path).expanduser(), split)
-    return _hold_out(_folder(path, str(path), split, []), seed)
+    return _hold_out(_folder(path, str(path), split, [], known), seed)
 
 
 def _downloaded(name: str, split: str, root: Path) -> Images:
@@ -175,38 +179,22 @@ def _split_folder(root: Path, split: str, name: str) -> Images:
                          "add it, or load another folder (for ImageNet: root= or the variable IMAGENET).")
     # Classes of both splits, so that both number them alike even where one split lacks a class.
     parts = [root / part for part in ("train", held) if (root / part).is_dir()]
-    return _folder(chosen, name, split, sorted(set().union(*map(_subfolders, parts))))
+    return _folder(chosen, name, split, sorted(set().union(*map(subfolders, parts))))
 
 
-def _folder(folder: Path, name: str, split: str, classes: list[str]) -> Images:
-    files = _files(folder)
-    if not files:
+def _folder(folder: Path, name: str, split: str, classes: list[str], found: Listing | None = None) -> Images:
+    found = found or listing(folder)
+    if len(found.files) == 0:
         raise InputError(f"{folder} has no images ({' '.join(EXTENSIONS)}).")
-    owners = [file.partition("/")[0] for file in files if "/" in file]
-    classes = classes or sorted(set(owners))
-    if classes and len(owners) < len(files):
-        raise InputError(f"{folder} has {len(files) - len(owners)} images beside class folders such as "
+    used = np.unique(found.owners)  # -1 first, for images in no folder
+    classes = classes or [found.folders[k] for k in used if k >= 0]
+    if classes and used[0] < 0:
+        raise InputError(f"{folder} has {np.count_nonzero(found.owners < 0)} images beside class folders such as "
                          f"{classes[0]}/: it must have only class folders, or only images.")
-    number = {c: k for k, c in enumerate(classes)}
-    labels = [number[c] for c in owners] or None
-    return Images(name, split, files, root=folder, labels=labels, classes=classes)
-
-
-def _subfolders(folder: Path) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
-
-
-def _files(folder: Path, prefix: str = "") -> list[str]:
-    """All images below a folder, sorted, without hidden ones; no system call per file."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
-                found.append(prefix + entry.name)
-            elif entry.is_dir() and not entry.name.startswith("."):
-                found += _files(folder / entry.name, f"{prefix}{entry.name}/")
-    return sorted(found)
+    place = {c: k for k, c in enumerate(classes)}
+    number = np.array([place.get(c, -1) for c in found.folders], dtype=np.int64)  # -1: no image is in it
+    labels = number[found.owners] if classes else None
+    return Images(name, split, found.files, root=folder, labels=labels, classes=classes)
 
 
 def _listed(file: Path, root: Path, split: str) -> Images:
@@ -240,7 +228,7 @@ def _hold_out(images: Images, seed: int) -> Images:
     if images.labels is None:
         return images  # nothing can be tested without labels, so nothing is kept from training
     test = _draw(images, HELD_OUT, seed, leave=1)
-    part = images.subset(test if images.split == "test" else np.setdiff1d(np.arange(len(images)), test))
+    part = images.subset(test if images.split == "test" else _others(test, len(images)))
     if len(part) == 0:
         raise InputError(f"{images.name} has {len(images)} image(s), too few to hold out a part for testing.")
     return part
@@ -250,11 +238,18 @@ def _draw(images: Images, fraction: float, seed: int, leave: int = 0) -> np.ndar
     """Sorted positions of a random part of each class: at least one image, but `leave` stay undrawn."""
     labels = np.zeros(len(images)) if images.labels is None else images.labels.numpy()
     rng = np.random.RandomState(seed % 2**32)  # the same in every numpy version; default_rng may change
-    drawn = []
-    for label in np.unique(labels):
-        group = rng.permutation(np.flatnonzero(labels == label))
+    order, drawn = np.argsort(labels, kind="stable"), []
+    for group in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        group = rng.permutation(group)
         drawn.append(group[:min(max(1, round(fraction * len(group))), len(group) - leave)])
     return np.sort(np.concatenate(drawn))
+
+
+def _others(drawn: np.ndarray, images: int) -> np.ndarray:
+    """Sorted positions of the images that are not drawn."""
+    rest = np.ones(images, dtype=bool)
+    rest[drawn] = False
+    return np.flatnonzero(rest)
 
 
 def parted(images: Images, fraction: float, seed: int = 0) -> tuple[Images, Images]:
@@ -262,15 +257,16 @@ def parted(images: Images, fraction: float, seed: int = 0) -> tuple[Images, Imag
     if not 0 < fraction < 1:
         raise InputError(f"A part of {fraction} cannot be held out: give a number between 0 and 1.")
     held = _draw(images, fraction, seed, leave=1)
-    return images.subset(np.setdiff1d(np.arange(len(images)), held)), images.subset(held)
+    return images.subset(_others(held, len(images))), images.subset(held)
 
 
 def _only_classes(images: Images, file: Path) -> Images:
     wanted = sorted(set(_lines(file)))
-    absent = [c for c in wanted if c not in images.classes]
+    absent = sorted(set(wanted).difference(images.classes))
     if absent:
         raise InputError(f"{file}: {images.name} lacks {len(absent)} of {len(wanted)} classes: {absent[:3]}")
-    number = torch.tensor([wanted.index(c) if c in wanted else -1 for c in images.classes])[images.labels]
+    place = {c: k for k, c in enumerate(wanted)}
+    number = torch.tensor([place.get(c, -1) for c in images.classes])[images.labels]
     part = images.subset((number >= 0).nonzero()[:, 0])
     part.labels, part.classes = number[number >= 0], wanted
     return part

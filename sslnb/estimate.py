@@ -5,8 +5,6 @@
 
 import contextlib
 import io
-import resource
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .bench import wait
+from .bench import peak, wait
 from .checks import prepare
 from .monitor import Meter
 from .recipes import Recipe
@@ -104,12 +102,11 @@ def _measured(trainer: Trainer, recipe: Recipe, steps: int) -> Preflight:
     seconds = time.perf_counter() - began
     per_epoch = recipe.steps_per_epoch(len(trainer.images))
     available = torch.cuda.get_device_properties(0).total_memory if cuda else 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     total = recipe.total_steps(per_epoch)
     return Preflight(
         step=seconds / steps, steps_per_epoch=per_epoch, total_steps=total, data_wait=(meter.waited - waited) / seconds,
         images_per_s=steps * recipe.batch * recipe.accum / seconds, available=available, processes=recipe.gpus,
-        memory=torch.cuda.max_memory_allocated() if cuda else peak, epochs=total / per_epoch)
+        memory=peak(cuda), epochs=total / per_epoch)
 
 
 def _duration(seconds: float) -> str:

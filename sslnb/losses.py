@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .parts import full_precision, gather, normalized, sum_over_processes, world
+from .parts import full_precision, gather, in_groups, normalized, sum_over_processes, world
 
 
 @full_precision
@@ -68,7 +68,7 @@ def focal_frequency(prediction: Tensor, target: Tensor, images: int) -> Tensor:
     the official runs holds: another number of processes leaves the groups, and so the loss, as they are. The transform
     is linear, so that of a group's mean image does for all of them.
     """
-    parts = (prediction - target).tensor_split(-(-len(target) // images))
+    parts = in_groups(prediction - target, images)
     difference = torch.stack([part.mean(0) for part in parts])  # G x C x H x W
     spectrum = torch.view_as_real(torch.fft.fft2(difference, norm="ortho"))
     squared = spectrum.pow(2).sum(-1)  # D², whose gradient is finite at 0, unlike that of D

@@ -95,7 +95,16 @@ def agreed(x: Tensor) -> Tensor:
     return x
 
 
-# ---------------------------------------------------------------- shuffling (MoCo)
+# ---------------------------------------------------------------- groups, shuffling
+
+
+def in_groups(x: Tensor, images: int) -> tuple[Tensor, ...]:
+    """A batch in as few parts of at most `images` images as will do, as equal as can be.
+
+    Not `tensor_split`: its backward makes a whole batch of zeros for every part, which is quadratic.
+    """
+    parts = -(-len(x) // images)
+    return x.split([len(x) // parts + (i < len(x) % parts) for i in range(parts)])
 
 
 @torch.no_grad()
@@ -168,7 +177,8 @@ class MemoryBank(nn.Module):
         index, f = gather(index), gather(f)
         new = normalized(self.vectors[index].lerp(f, 1 - self.momentum))
         # Of an image that is there twice the last one counts: left to itself a GPU would take either.
-        last = ((index[:, None] == index) * torch.arange(len(index), device=index.device)).amax(1)
+        ordered, order = index.sort(stable=True)
+        last = order[torch.searchsorted(ordered, index, right=True) - 1]
         self.vectors[index] = new[last]
         return index, new[last]
 

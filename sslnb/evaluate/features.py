@@ -39,19 +39,22 @@ def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
 
     device = the_device(device)
     backbone.to(device)
-    rows, index, broken = [], [], []
-    chunks = _Chunks(images, _chosen(len(images), limit).split(batch), size)
+    x, index, broken = torch.zeros(0, 0), [], []
+    chosen = _chosen(len(images), limit)
+    chunks = _Chunks(images, chosen.split(batch), size)
     # Its own generator: a loader draws a seed, which would otherwise disturb the training that called us.
     loader = torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=workers,
                                          generator=torch.Generator())
     with torch.no_grad(), _eval_mode(backbone):
         for pixels, kept, bad in loader:
             broken += bad
-            index += kept
             if kept:
                 z = features(backbone, normalise(pixels.to(device), mean, std), pool)  # B x D
-                rows.append(z.float().cpu())
-    return _features(images, rows, index, broken)
+                if not index:  # all at once: rows that are joined at the end are there twice
+                    x = torch.empty(len(chosen), z.shape[1])
+                x[len(index):len(index) + len(z)] = z
+                index += kept
+    return _features(images, x[:len(index)], index, broken)
 
 
 def the_device(device: str | torch.device) -> str | torch.device:
@@ -67,7 +70,7 @@ def raw_pixels(images, size: int, limit: int | None = None) -> Features:
         rows.append(pixels.float().flatten(1) / 255)
         index += kept
         broken += bad
-    found = _features(images, rows, index, broken)
+    found = _features(images, torch.cat(rows) if rows else torch.zeros(0, 0), index, broken)
     channels = found.x.unflatten(1, (3, -1))
     if len(found.x) and torch.equal(channels[:, :1].expand_as(channels), channels):
         found.x = channels[:, 0]  # grey images: the same numbers three times only cost time
@@ -138,7 +141,6 @@ def _chosen(n: int, limit: int | None) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
-def _features(images, rows: list[Tensor], index: list[int], broken: list[str]) -> Features:
-    x = torch.cat(rows) if rows else torch.zeros(0, 0)
+def _features(images, x: Tensor, index: list[int], broken: list[str]) -> Features:
     labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
     return Features(x, labels, torch.tensor(index, dtype=torch.long), broken)
