@@ -100,6 +100,40 @@ def photo_files(folder: str | Path, count: int = 32, shape: tuple[int, int] = (5
     return files
 
 
+def training_step(recipe: Recipe, images: int = 10_000) -> Callable[[], object]:
+    """One optimizer step of a method on random pixels, without any loading: forward, backward, update, hooks."""
+    from . import optim
+    from .recipes import method_numbers
+
+    if "images" in method_numbers(recipe.method):
+        recipe = recipe.with_(images=images)
+    method = recipe.build().to(the_device("auto"), memory_format=torch.channels_last).train()
+    optimizer = optim.build(method.param_groups(recipe), recipe)
+    views = _random_views(method, recipe)
+    index = torch.arange(recipe.batch, device=the_device("auto"))
+
+    def step() -> None:
+        method(views, index)["loss"].backward()
+        method.before_step(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(0.5)
+    return step
+
+
+def bare_step(recipe: Recipe) -> Callable[[], object]:
+    """The floor of the same step: the backbone alone, forward and backward, on as many views of the same sizes."""
+    method = recipe.build()
+    backbone = method.backbone.to(the_device("auto"), memory_format=torch.channels_last).train()
+    views = _random_views(method, recipe)
+
+    def step() -> None:
+        for x in views:
+            backbone(x).sum().backward()
+        backbone.zero_grad()
+    return step
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -143,8 +177,6 @@ def peak(cuda: bool) -> int:
 
 def _weigh() -> None:
     """Peaks, one a line, of the recipes on standard input, one a line, each in a fork of this process."""
-    from .bench_steps import training_step
-
     for line in sys.stdin:
         recipe = Recipe.from_json(json.loads(line))
         with torch.device("meta"):  # imports all that is needed, and holds nothing
@@ -158,3 +190,9 @@ def _weigh() -> None:
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             sys.exit(1)
+
+
+def _random_views(method, recipe: Recipe) -> list[Tensor]:
+    picture = Image.new("RGB", (recipe.size + 32, recipe.size + 32))
+    drawn = [torch.randn(recipe.batch, *x.shape[1:]) for x in method.views(recipe.size)([picture])]
+    return [x.to(the_device("auto"), memory_format=torch.channels_last) for x in drawn]
