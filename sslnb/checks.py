@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from .errors import InputError, unknown
+from .files import write_atomic
 from .recipes import Recipe, method_numbers, resolve
-from .run import Run, write_atomic
+from .run import Run
 
 
 def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Path = "auto", *, processes: int = 1,
@@ -37,10 +38,9 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     settings = {"recipe": recipe.to_json(), "seed": seed, "workers": workers, "compile": compile,
                 "trackers": list(trackers)}
     run = Run(out if out != "auto" else _default_out(settings))
-    _claim(run, settings, resume)
+    _claim(run, settings, recipe.total_steps(steps), resume)
     print(recipe.describe(len(images)) + f"\n{'run':>12}  {run.path}, seed {seed}, "
           f"{processes} process(es) on {_device_name()}")
-    run.write_status(total=recipe.total_steps(steps))
     return run
 
 
@@ -70,22 +70,29 @@ def _default_out(settings: dict) -> Path:
     return Path("runs") / name
 
 
-def _claim(run: Run, settings: dict, resume: bool) -> None:
+def _claim(run: Run, settings: dict, total: int, resume: bool) -> None:
     """Make the run directory ours: new, the same run again, or the old one moved aside."""
     if run.path.exists() and not resume:
         with run.lock():
             aside = run.path.with_name(f"{run.path.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+        while aside.exists():  # twice in a second, or the clock was put back
+            aside = aside.with_name(f"{aside.name}-again")
         run.path.rename(aside)
         print(f"The run that was in {run.path} is kept in {aside}.")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        with run.lock():
-            pass
-        if not (run.path / "recipe.json").exists():
-            write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
+        with run.lock():  # of two that start together one writes
+            if not (run.path / "recipe.json").exists():
+                write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
+            _same(run, settings)
+            run.write_status(total=total)
     except OSError as error:
         raise InputError(f"out {str(run.path)!r} cannot be written ({error.strerror}); choose another folder."
                          ) from None
+
+
+def _same(run: Run, settings: dict) -> None:
+    """Refuse to continue another run than the one that is there."""
     old = run.settings
     changed = [f"{k}: {old['recipe'].get(k)} there, {v} now" for k, v in settings["recipe"].items()
                if old["recipe"].get(k) != v and k not in ("note", "published", "source", "sources")]

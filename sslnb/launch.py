@@ -1,6 +1,7 @@
 """Starting several processes, and stopping them well."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -10,12 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .run import Run
+from .errors import InputError, NonFinite
+from .files import os_error
+from .run import Run, alive
 
 RESTARTS = 3
 
@@ -47,7 +49,7 @@ class Stop:
 
     @property
     def asked(self) -> bool:
-        if self._parent and not _alive(self._parent):
+        if self._parent and not alive(self._parent):
             self.reason = self.reason or "the process that started the run is gone"
         return bool(self.reason)
 
@@ -75,12 +77,30 @@ def limit_threads(processes: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2 // processes))
 
 
-def _alive(pid: int) -> bool:
-    """False also for a zombie: dead, but nobody has asked for its exit code."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def failed(run: Run, error: Exception, rank: int) -> Exception:
+    """Write down what ended a run, and return it for raising, in words that name the remedy."""
+    error = _explained(error, run)
+    reason = f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):  # a full disk does not take these words either
+        run.append("error", step=run.status().get("step", 0), process=rank, time=time.time(), text=reason)
+        if rank == 0:
+            run.write_status(state="failed", reason=reason, final=isinstance(error, NonFinite | InputError))
+    return error
+
+
+def _explained(error: Exception, run: Run) -> Exception:
+    said = str(error)
+    if "cannot be written" in said:  # a checkpoint, with the remedy
+        return error
+    if (system := os_error(error)) and system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return RuntimeError(f"{run.path} cannot be written ({system}); what was saved is untouched. Free some space; "
+                            "the same command continues.")
+    if said.startswith("DataLoader worker"):
+        return RuntimeError(f"A process that loads images died ({said.strip(' .')}), often for want of memory: "
+                            "fewer `workers` need less. The same command continues from the last checkpoint.")
+    if said.startswith("Caught InputError"):  # in a process that loads images: its traceback comes first
+        return InputError(said.strip().splitlines()[-1].removeprefix("sslnb.errors.InputError: "))
+    return error
 
 
 class Unbreakable:
@@ -126,8 +146,8 @@ def torchrun(run: Run, processes: int) -> None:
     if not torch.cuda.is_available():
         # Without this each process believes that it is alone; more threads than cores would spin against each other.
         env |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
-    run.write_status(state="running", reason="")
-    began = time.time()
+    run.write_running()
+    old = run.history("error")
     with (run.path / "launch.log").open("a") as log:
         child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True,
                                  start_new_session=True)
@@ -143,7 +163,7 @@ def torchrun(run: Run, processes: int) -> None:
     if code == 0 and status.get("state") == "done":
         return
     # When one process fails the others fail too, with a lost connection: the first error is the cause.
-    errors = sorted((row for row in run.history("error") if row["time"] > began), key=lambda row: row["time"])
+    errors = [row for row in run.history("error") if row not in old]
     reason = errors[0]["text"] if errors else status.get("reason") or f"the processes ended with code {code}"
     state = "interrupted" if status.get("state") == "interrupted" else "failed"
     run.write_status(state=state, reason=reason)
@@ -160,9 +180,12 @@ def accelerator(precision: str, trackers: Sequence[str], path: Path):
     if AcceleratorState._shared_state and not dist.is_initialized():
         # A kernel trains several runs, and Accelerate would hold it to the precision of the first.
         AcceleratorState._reset_state()
+    # DDP rearranges gradients after its first step, and a sum of four depends on their order: a resumed run would
+    # differ in the last bit. Told that parameters may go unused it does not; on a CPU that is worth its small price.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=not torch.cuda.is_available())
     return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not torch.cuda.is_available(),
                        log_with=list(trackers) or None, project_dir=str(path),
-                       kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+                       kwargs_handlers=[ddp])
 
 
 def random_state(cuda: bool) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .errors import InputError
+from .files import drafted
 from .recipes import Recipe
 from .run import Run
 from .views import Views
@@ -97,7 +99,8 @@ class Monitor:
         if tensors:
             folder = self.run.path / "snapshots"
             folder.mkdir(exist_ok=True)
-            torch.save({k: v.cpu() for k, v in tensors.items()}, folder / f"step_{step:08d}.pt")
+            with drafted(folder / f"step_{step:08d}.pt") as draft, draft.open("wb") as file:
+                torch.save({k: v.cpu() for k, v in tensors.items()}, file)
 
     def _readable(self, count: int) -> list[Image.Image]:
         """The first pictures of the bank that can be decoded."""
@@ -109,6 +112,8 @@ class Monitor:
                 break
             with contextlib.suppress(BrokenImage):
                 found.append(self.bank[i])
+        if not found:
+            raise InputError(f"No image can be decoded from {self.bank.where(0)} on; is the folder still there?")
         return found
 
 
@@ -137,18 +142,18 @@ class Meter:
         from .notebook import Progress
 
         self.t, self.progress = trainer, Progress()
-        self.began, self.first = time.time(), trainer.step
+        self.began, self.first = time.monotonic(), trainer.step
         self.waited = 0.0
         self.mark, self.mark_step, self.mark_waited = self.began, trainer.step, 0.0
 
     @contextlib.contextmanager
     def waiting(self):
-        since = time.time()
+        since = time.monotonic()
         yield
-        self.waited += time.time() - since
+        self.waited += time.monotonic() - since
 
     def log(self, terms: dict[str, Tensor], start: float) -> None:
-        t, now = self.t, time.time()
+        t, now = self.t, time.monotonic()
         seconds, steps = max(1e-9, now - self.mark), t.step - self.mark_step
         values = {name: float(t.accelerator.reduce(v.to(t.device), reduction="mean")) for name, v in terms.items()}
         share = (self.waited - self.mark_waited) / seconds

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -129,10 +130,10 @@ class Progress:
     """
 
     def __init__(self):
-        self.handle, self.shown, self.when = None, 0.0, 0.0
+        self.handle, self.shown, self.when = None, 0.0, -math.inf
 
     def __call__(self, share: float, text: str) -> bool:
-        now = time.time()
+        now = time.monotonic()
         if interactive():
             if share < 1 and now - self.when < 0.5:
                 return False

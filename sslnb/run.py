@@ -11,21 +11,22 @@
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from .errors import InputError
+from .files import append_jsonl, checksum, os_error, read_jsonl, save_tensors, sync_folder, write_atomic
 from .recipes import Recipe
 
 KEEP = 3  # newest checkpoints kept, besides the best
@@ -69,8 +70,15 @@ class Run:
         return [row for row in read_jsonl(self.path / "log.jsonl") if row["kind"] == kind]
 
     def status(self) -> dict[str, Any]:
-        path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        """status.json, {} if it cannot be read. A run whose process died before it could say so is "interrupted"."""
+        try:
+            status = json.loads((self.path / "status.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        if status.get("state") == "running" and status.get("host") == platform.node() and not alive(status["pid"]):
+            status |= {"state": "interrupted", "reason": f"process {status['pid']} is gone without a word (kill -9, "
+                       "no memory, no power?); the same command continues"}
+        return status
 
     def results(self) -> list[dict[str, Any]]:
         return read_jsonl(self.path / "results.jsonl")
@@ -139,6 +147,8 @@ class Run:
         """
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
+        for left in folder.glob(".step_*.draft"):  # of a process that was killed while it wrote
+            left.unlink()
         draft = folder / f".step_{state['step']:08d}.draft"
         try:
             with draft.open("wb") as file:
@@ -148,12 +158,16 @@ class Run:
             final = folder / f"step_{state['step']:08d}-{checksum(draft)}.pt"
             draft.replace(final)
         except (OSError, RuntimeError) as error:
-            raise RuntimeError(f"The checkpoint of step {state['step']} cannot be written to {self.path} ({error}); "
-                               "earlier ones are untouched. Free some space; the same command continues.") from error
+            raise RuntimeError(f"The checkpoint of step {state['step']} cannot be written to {self.path} "
+                               f"({os_error(error) or error}); earlier ones are untouched. Free some space; the same "
+                               "command continues.") from error
         finally:
             draft.unlink(missing_ok=True)
-        _sync_folder(folder)
+        sync_folder(folder)
         best = self.status().get("best", {}).get("checkpoint")
+        for old in self.checkpoints():  # one that claims to be of this step or a later one was damaged and passed over
+            if old != final and old.name[:13] >= final.name[:13]:
+                old.unlink()
         for old in self.checkpoints()[:-KEEP]:
             if old.name != best:
                 old.unlink()
@@ -174,6 +188,11 @@ class Run:
         """Broken images, by name: a list in a file, and a line that counts them."""
         write_atomic(self.path / "broken.txt", "\n".join(names) + "\n")
         print(f"{len(names)} broken image(s) were skipped, listed in broken.txt: {', '.join(names[:5])}")
+
+    def write_running(self) -> None:
+        """Under the process that started it all: while that is there, dead workers come back."""
+        self.write_status(state="running", pid=int(os.environ.get("SSLNB_PARENT", os.getpid())), host=platform.node(),
+                          reason="", final=False)
 
     def write_status(self, **values: Any) -> None:
         write_atomic(self.path / "status.json", json.dumps({**self.status(), **values, "updated": time.time()}))
@@ -204,60 +223,16 @@ class Run:
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {platform.node()}")
             file.flush()
+            os.register_at_fork(after_in_child=file.close)  # else loader processes hold it after a killed trainer
             yield
 
 
-# ---------------------------------------------------------------- files that survive a crash
-
-
-def checksum(path: Path) -> str:
-    """First 8 hex digits of the file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
-
-
-def write_atomic(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A safetensors file of a state dict, from any device: whole, or as it was before."""
-    from safetensors.torch import save_file
-
-    draft = path.with_name(f".{path.name}.draft")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, metadata={"format": "pt"})
-    draft.replace(path)
-
-
-def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """One row, on a line of its own even if a crash tore the line before; on the disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")
-        file.write((json.dumps(row) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All rows that are whole."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def alive(pid: int) -> bool:
+    """False also for a zombie: dead, but nobody has asked for its exit code."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def versions() -> dict[str, str]:

@@ -52,7 +52,7 @@ def train(run: Run) -> None:
     with contextlib.ExitStack() as stack:
         if rank == 0:
             stack.enter_context(run.lock())
-            run.write_status(state="running", pid=os.getpid(), reason="", final=False)
+            run.write_running()
         stop = stack.enter_context(launch.Stop())
         try:
             trainer = Trainer(run)
@@ -63,11 +63,8 @@ def train(run: Run) -> None:
                 run.write_status(state="interrupted", reason=f"{type(error).__name__}: {error}")
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            run.append("error", step=run.status().get("step", 0), process=rank, time=time.time(), text=reason)
-            if rank == 0:
-                run.write_status(state="failed", reason=reason, final=isinstance(error, NonFinite | InputError))
-            raise
+            error = launch.failed(run, error, rank)
+            raise error
 
 
 class Trainer:
@@ -122,7 +119,7 @@ class Trainer:
 
     def fit(self, stop: launch.Stop) -> None:
         run, method = self.run, self.method
-        start = time.time() - run.status().get("seconds", 0.0)
+        start = time.monotonic() - run.status().get("seconds", 0.0)  # time.time() may go back
         if self.main:
             run.add_provenance(step=self.step, processes=self.accelerator.num_processes,
                                code=code_of(self.recipe.method))
@@ -213,7 +210,7 @@ class Trainer:
             self.run.save_backbone(self.method.backbone)
             if broken:
                 self.run.write_broken([self.images.where(i) for i in broken])
-            self.run.write_status(state="done", step=self.step, seconds=time.time() - start, broken=len(broken),
+            self.run.write_status(state="done", step=self.step, seconds=time.monotonic() - start, broken=len(broken),
                                   skipped_steps=self.skipped)
         self.accelerator.wait_for_everyone()
 
@@ -257,7 +254,7 @@ class Trainer:
                  "scaler": scaler.state_dict() if scaler else None, "random": random_states, "skipped": self.skipped,
                  "broken": sorted(self.broken)}
         path = self.run.save_checkpoint(state)
-        self.run.write_status(step=self.step, seconds=time.time() - start, **self.monitor.best(path, self.step))
+        self.run.write_status(step=self.step, seconds=time.monotonic() - start, **self.monitor.best(path, self.step))
 
     def _resume(self) -> None:
         state = self.run.latest(say=print if self.main else lambda text: None)

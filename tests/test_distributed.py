@@ -191,25 +191,9 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
-def saved(out):
-    return Run(out).checkpoints() if out.exists() else []
-
-
 def worker_pids(out):
     found = subprocess.run(["pgrep", "-f", f"sslnb.train {out}"], capture_output=True, text=True).stdout.split()
     return [int(p) for p in found if b"torch.distributed.run" not in open(f"/proc/{p}/cmdline", "rb").read()]
-
-
-def test_a_killed_worker_comes_back_and_the_run_ends_as_if_nothing_had_happened(tmp_path):
-    whole = start(tmp_path / "whole")
-    whole.communicate(timeout=200)
-    hurt = start(tmp_path / "hurt")
-    wait_for(lambda: saved(tmp_path / "hurt"))
-    os.kill(worker_pids(tmp_path / "hurt")[-1], signal.SIGKILL)
-    printed = hurt.communicate(timeout=200)[0]
-    assert hurt.returncode == 0 and "Resuming" in printed
-    a, b = (Run(tmp_path / name).latest()["method"] for name in ("whole", "hurt"))
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_stopping_the_caller_saves_and_the_same_command_continues(tmp_path):

@@ -188,7 +188,7 @@ def test_progress_prints_the_last_line_once_even_right_after_another(capsys):
 
 def test_progress_prints_at_least_every_minute(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 10))
-    monkeypatch.setattr(notebook.time, "time", lambda: float(next(clock)) + 1e6)
+    monkeypatch.setattr(notebook.time, "monotonic", lambda: float(next(clock)) + 1e6)
     progress = Progress()
     for i in range(1, 31):
         progress(i / 1e5, f"{i}")

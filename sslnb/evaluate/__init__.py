@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..errors import InputError, unknown
+from ..files import append_jsonl
 from ..reading import loader_workers
-from ..run import append_jsonl
 from . import few_labels
 from .detection import DETECTION
 from .features import the_device

@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 
 from ..boxes import Boxes, coco_masks, decoded
 from ..errors import InputError, unknown
+from ..files import write_atomic
 from ..geometry import ImageOp
 from ..parts import world
 from ..reading import EpochSampler, ViewSet, draw_seed, in_order, loader_workers
 from ..recipes import Recipe
-from ..run import Run, write_atomic
+from ..run import Run
 from ..views import View, Views
 from .protocol import Protocol
 from .sources import Source

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, unknown
-from ..run import append_jsonl
+from ..files import append_jsonl
 from . import voc_ap
 from .protocol import named
 from .results import result_row

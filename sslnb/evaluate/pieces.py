@@ -18,9 +18,9 @@ from torch import nn
 
 from ..data import Images, load
 from ..errors import InputError
+from ..files import checksum, save_tensors, write_atomic
 from ..launch import limit_threads
 from ..reading import loader_workers
-from ..run import checksum, save_tensors, write_atomic
 from .features import Features, extract
 from .sources import Source, open_source
 

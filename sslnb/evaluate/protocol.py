@@ -15,10 +15,11 @@ from torch import nn
 from .. import methods
 from ..backbones import build
 from ..errors import InputError, unknown
+from ..files import append_jsonl, checksum, save_tensors
 from ..methods.base import Method
 from ..parts import world
 from ..recipes import Recipe
-from ..run import Run, append_jsonl, checksum, save_tensors
+from ..run import Run
 from .results import result_row
 from .sources import Source, open_source
 

@@ -13,7 +13,8 @@ import torch
 
 from ..backbones import MINI, SMALL_IMAGE
 from ..errors import InputError
-from ..run import Run, save_tensors, write_atomic
+from ..files import save_tensors, write_atomic
+from ..run import Run
 
 LICENCE = "mit"
 

@@ -1,0 +1,74 @@
+"""Files that survive a crash: whole or as they were before, on the disk when the call returns."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def checksum(path: Path) -> str:
+    """First 8 hex digits of the file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """The file is whole or as it was before: the draft that is written here gets its name once it is on the disk."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        yield draft
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    with drafted(path) as draft:
+        draft.write_text(text)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A safetensors file of a state dict, from any device."""
+    from safetensors.torch import save_file
+
+    with drafted(path) as draft:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, metadata={"format": "pt"})
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """One row, on a line of its own even if a crash tore the line before; on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write((json.dumps(row) + "\n").encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All rows that are whole."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """What the system said, if that is what an error is about: torch has words of its own for a full disk."""
+    return error if isinstance(error, OSError) else os_error(error.__context__) if error.__context__ else None
+
+
+def sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
