@@ -20,7 +20,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .evaluate.features import the_device
+from .reading import EpochSampler, ViewSet
 from .recipes import Recipe
+from .views import Views
 
 
 @dataclass(frozen=True)
@@ -100,38 +102,32 @@ def photo_files(folder: str | Path, count: int = 32, shape: tuple[int, int] = (5
     return files
 
 
-def training_step(recipe: Recipe, images: int = 10_000) -> Callable[[], object]:
-    """One optimizer step of a method on random pixels, without any loading: forward, backward, update, hooks."""
-    from . import optim
-    from .recipes import method_numbers
+def loading(folder: str | Path, views: Views, batch: int = 16) -> Callable[[], object]:
+    """All images of a folder from file to normalised views, through the loader, in this process."""
+    from .data import load
 
-    if "images" in method_numbers(recipe.method):
-        recipe = recipe.with_(images=images)
-    method = recipe.build().to(the_device("auto"), memory_format=torch.channels_last).train()
-    optimizer = optim.build(method.param_groups(recipe), recipe)
-    views = _random_views(method, recipe)
-    index = torch.arange(recipe.batch, device=the_device("auto"))
+    images = load(Path(folder))
 
-    def step() -> None:
-        method(views, index)["loss"].backward()
-        method.before_step(0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_step(0.5)
-    return step
+    def epoch() -> None:
+        order = EpochSampler(len(images), batch)
+        for crops, _, seeds, _ in torch.utils.data.DataLoader(ViewSet(images, views.crop), batch_sampler=order):
+            views.photometric([x.to(the_device("auto")) for x in crops], seeds)
+    return epoch
 
 
-def bare_step(recipe: Recipe) -> Callable[[], object]:
-    """The floor of the same step: the backbone alone, forward and backward, on as many views of the same sizes."""
-    method = recipe.build()
-    backbone = method.backbone.to(the_device("auto"), memory_format=torch.channels_last).train()
-    views = _random_views(method, recipe)
+def loading_with(transform: Callable, folder: str | Path, batch: int = 16) -> Callable[[], object]:
+    """The same with a transform from PIL image to tensors in the dataset, as lightly and others do it."""
+    files = sorted(Path(folder).iterdir())
 
-    def step() -> None:
-        for x in views:
-            backbone(x).sum().backward()
-        backbone.zero_grad()
-    return step
+    class Transformed(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, i: int):
+            with Image.open(files[i]) as image:
+                return transform(image.convert("RGB"))
+
+    return lambda: [None for _ in torch.utils.data.DataLoader(Transformed(), batch_size=batch)]
 
 
 # ---------------------------------------------------------------- memory
@@ -177,9 +173,14 @@ def peak(cuda: bool) -> int:
 
 def _weigh() -> None:
     """Peaks, one a line, of the recipes on standard input, one a line, each in a fork of this process."""
+    from . import train  # noqa: F401
+    from .bench_steps import training_step
+    from .data import load
+
+    load("digits_scattered")  # like `train`, for what it imports: that is no part of a step
     for line in sys.stdin:
         recipe = Recipe.from_json(json.loads(line))
-        with torch.device("meta"):  # imports all that is needed, and holds nothing
+        with torch.device("meta"):  # imports the rest, and holds nothing
             recipe.build()
         if (child := os.fork()) == 0:
             cuda = torch.cuda.is_available()
@@ -190,9 +191,3 @@ def _weigh() -> None:
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             sys.exit(1)
-
-
-def _random_views(method, recipe: Recipe) -> list[Tensor]:
-    picture = Image.new("RGB", (recipe.size + 32, recipe.size + 32))
-    drawn = [torch.randn(recipe.batch, *x.shape[1:]) for x in method.views(recipe.size)([picture])]
-    return [x.to(the_device("auto"), memory_format=torch.channels_last) for x in drawn]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from . import methods
 from .errors import InputError, unknown
 from .files import write_atomic
 from .recipes import Recipe, method_numbers, resolve
@@ -28,6 +29,8 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
         recipe = recipe.on(processes)
     recipe = recipe.with_(precision=_precision(recipe, precision))
     _check_trackers(trackers)
+    if recipe.chunk:
+        _check_chunk(recipe, compile)
     images = recipe.load()
     if "images" in method_numbers(recipe.method):  # a method with a memory of every image
         recipe = recipe.with_(images=len(images))
@@ -50,6 +53,14 @@ def _precision(recipe: Recipe, precision: str) -> str:
     if precision == "fp16" and not torch.cuda.is_available():
         raise InputError("precision 'fp16' needs a GPU and there is none here; use 'bf16' or 'fp32'.")
     return precision
+
+
+def _check_chunk(recipe: Recipe, compile: bool) -> None:
+    if not methods.get(recipe.method).chunks:
+        raise InputError(f"{recipe.method} does not take chunk={recipe.chunk}: images meet its backbone with more than "
+                         "themselves; use a smaller batch, with accum where the method allows it.")
+    if compile:
+        raise InputError(f"chunk={recipe.chunk} and compile=True exclude each other; leave one of them out.")
 
 
 def _check_trackers(trackers: Sequence[str]) -> None:
@@ -94,8 +105,9 @@ def _claim(run: Run, settings: dict, total: int, resume: bool) -> None:
 def _same(run: Run, settings: dict) -> None:
     """Refuse to continue another run than the one that is there."""
     old = run.settings
-    changed = [f"{k}: {old['recipe'].get(k)} there, {v} now" for k, v in settings["recipe"].items()
-               if old["recipe"].get(k) != v and k not in ("note", "published", "source", "sources")]
+    there = run.recipe.to_json()  # with the values of today for what a recipe of then did not have yet
+    changed = [f"{k}: {there[k]} there, {v} now" for k, v in settings["recipe"].items()
+               if there[k] != v and k not in ("note", "published", "source", "sources")]
     changed += [f"seed: {old['seed']} there, {settings['seed']} now"] * (old["seed"] != settings["seed"])
     if changed:
         raise InputError(f"{run.path} holds another run ({'; '.join(changed[:3])}); choose another `out`, or "

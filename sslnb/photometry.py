@@ -1,6 +1,7 @@
 """Batched photometry: one parameter per image, one implementation for CPU and GPU, and the numbers it draws.
 
-x is (B, 3, H, W) in [0, 1]; factors are (B,). Formulas agree with torchvision.transforms.functional.
+x is (B, 3, H, W) in [0, 1]; factors are (B,). Formulas agree with torchvision.transforms.functional. Colours change in
+place: a large image and its copy would not fit into a CPU core's cache together.
 """
 
 import functools
@@ -59,19 +60,19 @@ def luma(x: Tensor) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * per_image(factor)).clamp_(0, 1)
+    return x.mul_(per_image(factor)).clamp_(0, 1)
 
 
 def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the mean luma of the image."""
     grey = luma(x)
     grey.copy_(grey.mean((1, 2, 3), keepdim=True))  # spread out: a blend with one number takes five times as long
-    return torch.lerp(grey, x, per_image(factor)).clamp_(0, 1)
+    return torch.lerp(grey, x, per_image(factor), out=x).clamp_(0, 1)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
     """Blend with the image's own grey version."""
-    return torch.lerp(luma(x), x, per_image(factor)).clamp_(0, 1)
+    return torch.lerp(luma(x), x, per_image(factor), out=x).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
     hue = (g + b).sub_(r).sub_(least).div_(chroma.clamp_min(1e-7)).add_(1 / 6).copysign_(g - b)
     away = (hue + factor[:, None, None])[:, None] - per_channel((0.0, 1 / 3, 2 / 3), x)
     away.sub_(away.round()).abs_().clamp_(1 / 6, 1 / 3)
-    return torch.addcmul(value.add_(chroma, alpha=1 / 6)[:, None], chroma[:, None], away, value=-1)
+    return torch.addcmul(value.add_(chroma, alpha=1 / 6)[:, None], chroma[:, None], away, value=-1, out=x)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:

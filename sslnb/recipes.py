@@ -20,6 +20,9 @@ SHORT = {"resnet50": "r50", "vit_base_patch16_224": "vit_base", "vit_small_patch
 class Recipe:
     """What a run does. Lengths are in epochs; `batch` is per process; `lr` is the real learning rate, not a base.
 
+    `chunk`: so many images of the batch go through the backbone at a time, twice, so that a big batch fits a small
+    memory and its gradient stays what it is (sslnb/chunks.py); 0: all at once.
+
     The learning rate rises linearly from `warmup_from` (a share of lr); `milestones` are the epochs at which schedule
     "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch after that; with `cosine_from_start`
     the cosine runs over all epochs, those of the warm-up included. With `steps` the run is that many optimizer steps
@@ -38,6 +41,7 @@ class Recipe:
     batch: int
     gpus: int = 1
     accum: int = 1
+    chunk: int = 0
     optimizer: str = "sgd"
     lr: float = 0.1
     weight_decay: float = 0.0
@@ -74,6 +78,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{name} {value!r} is impossible: use a whole number of at least 1.")
+        if not isinstance(self.chunk, int) or self.chunk < 0:
+            raise InputError(f"chunk {self.chunk!r} is impossible: use a number of images, or 0 for the whole batch.")
         for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip", "steps", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} {getattr(self, name)!r} is impossible: use a number of at least 0.")
@@ -174,7 +180,8 @@ class Recipe:
         """The same total batch on other hardware: accumulates where the method allows it, else grows `batch`."""
         from . import methods
 
-        total, accumulable = self.total_batch, methods.get(self.method).accumulable or self.force_accum
+        method, total = methods.get(self.method), self.total_batch
+        accumulable, chunks = method.accumulable or self.force_accum, method.chunks
         if batch is None:
             batch = min(self.batch, total // gpus) if accumulable else total // gpus
         accum = total / max(1, gpus * batch)
@@ -184,7 +191,8 @@ class Recipe:
         if accum > 1 and not accumulable:
             raise InputError(f"{self.method} must not accumulate: its loss compares the images of one batch, so "
                              f"{int(accum)} batches of {batch} are another method than one of {total}. "
-                             f"Use batch={total // gpus} or more processes, or force_accum=True if you mean it.")
+                             f"Use batch={total // gpus}{', with chunk=64 or so if its memory is too small,' * chunks} "
+                             "or more processes, or force_accum=True if you mean it.")
         return self.with_(gpus=gpus, batch=batch, accum=int(accum))
 
     def build(self):
@@ -200,7 +208,8 @@ class Recipe:
         """The resolved recipe as text: what will run, and where each number comes from."""
         warm = f"{self.warmup_steps} steps" if self.warmup_steps else f"{self.warmup_epochs:g} epochs"
         rows = [("method", self.method), ("backbone", f"{self.backbone} at {self.size} px"), ("data", self.data),
-                ("total batch", f"{self.gpus} x {self.batch} x {self.accum} = {self.total_batch} images per step"),
+                ("total batch", f"{self.gpus} x {self.batch} x {self.accum} = {self.total_batch} images per step"
+                 + f", {self.chunk} at a time through the backbone, twice" * bool(self.chunk)),
                 ("optimizer", f"{self.optimizer}, weight decay {self.weight_decay:g}"),
                 ("lr", f"{self.lr:g}, {self.schedule}, warm-up {warm}")]
         length = f"{self.steps:,} steps" if self.steps else f"{self.epochs} epochs"

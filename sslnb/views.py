@@ -48,8 +48,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class BatchOp:
-    """An op of stage two: `apply(x, *sample(draws))` with x (B, 3, H, W) in [0, 1]; parameters stay on the CPU,
-    so that choosing the images an op applies to never waits for the device."""
+    """An op of stage two: `apply(x, *sample(draws))` with x (B, 3, H, W) in [0, 1], which it may overwrite; parameters
+    stay on the CPU, so that choosing the images an op applies to never waits for the device."""
 
     def sample(self, draws: Draws) -> tuple[Tensor, ...]:
         return ()
@@ -240,4 +240,4 @@ def _on_some(x: Tensor, on: list[bool], op, *parameters: Tensor) -> Tensor:
     if all(on):
         return op(x, *(p.to(x.device, non_blocking=True) for p in parameters))
     chosen = torch.tensor(on).nonzero()[:, 0].to(x.device, non_blocking=True)
-    return x.index_copy(0, chosen, op(x[chosen], *(p.to(x.device, non_blocking=True)[chosen] for p in parameters)))
+    return x.index_copy_(0, chosen, op(x[chosen], *(p.to(x.device, non_blocking=True)[chosen] for p in parameters)))

@@ -1,11 +1,15 @@
 """The clocks of the throughput notebook."""
 
+from collections import Counter
+
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from sslnb import bench
+from sslnb import backbones, bench
+from sslnb.bench_lightly import lightly_step
+from sslnb.bench_steps import bare_step, passes, random_views, startup, training_step
 
 
 def test_cases_take_turns_and_the_first_round_does_not_count(monkeypatch):
@@ -41,10 +45,35 @@ def test_photo_files_are_jpegs_of_the_wanted_size(tmp_path):
 @pytest.mark.parametrize("method", ["simclr", "byol", "npid", "swav", "mae"])
 def test_a_step_trains_the_method_and_the_bare_one_only_runs_its_backbone(tiny, method, monkeypatch):
     recipe, made = tiny(method), []
-    build = type(recipe).build
-    monkeypatch.setattr(type(recipe), "build", lambda self: made.append(build(self)) or made[-1])
-    step, bare = bench.training_step(recipe, images=130), bench.bare_step(recipe)
-    trained, floor = ([p.detach().clone() for p in m.backbone.parameters()] for m in made)
-    step(), bare()
-    assert any(not torch.equal(a, b) for a, b in zip(trained, made[0].backbone.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(floor, made[1].backbone.parameters()))
+    build = backbones.build
+    monkeypatch.setattr(backbones, "build", lambda *a, **k: made.append(build(*a, **k)) or made[-1])
+    views = random_views(recipe)
+    step, trained = training_step(recipe, views), made[-1]
+    bare, floor = bare_step(recipe, views), made[-2]  # the last one only told what is sent
+    before = [[p.detach().clone() for p in net.parameters()] for net in (trained, floor)]
+    step(), step(), bare()  # the first step of a warm-up has a rate of 0
+    assert any(not torch.equal(a, b) for a, b in zip(before[0], trained.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before[1], floor.parameters()))
+
+
+@pytest.mark.parametrize("method, sent", [
+    ("simclr", {((64, 3, 20, 20), True): 1}), ("byol", {((32, 3, 20, 20), True): 2, ((32, 3, 20, 20), False): 2}),
+    ("mocov2", {((32, 3, 20, 20), True): 1, ((32, 3, 20, 20), False): 1}), ("densecl", {((32, 3, 20, 20), True): 1,
+                                                                                         ((32, 3, 20, 20), False): 1}),
+    ("swav", {((64, 3, 20, 20), True): 1, ((128, 3, 12, 12), True): 1}), ("mae", {((32, 3, 28, 28), True): 1})])
+def test_the_floor_is_what_the_method_sends_through_its_backbone(tiny, method, sent):
+    recipe = tiny(method, **({"size": 28} if method == "mae" else {}))
+    found = Counter((tuple(shape), learns) for shape, learns in passes(recipe, random_views(recipe)))
+    assert found == sent
+
+
+def test_a_method_that_lightly_has_no_blocks_for_has_no_step_of_it(tiny):
+    assert lightly_step(tiny("npid"), []) is None
+
+
+@pytest.mark.slow
+def test_what_happens_once_is_timed(tiny, tmp_path):
+    taken = startup(tiny(epochs=1, data="digits_scattered"), tmp_path)
+    assert len(taken) == 5 and all(seconds >= 0 for seconds in taken.values())
+    assert taken["the training itself, in a script"] < taken["a run of one step, from its command to its end"] + 60
+    assert {p.name for p in tmp_path.iterdir()} == {"one step", "script", "kernel"}

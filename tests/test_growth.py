@@ -19,6 +19,7 @@ from conftest import measured
 from torch.profiler import ProfilerActivity, profile
 
 from sslnb import bench, clustering, data, folders, methods
+from sslnb.bench_steps import training_step
 from sslnb.evaluate.knn import weighted_knn
 from sslnb.monitor import Monitor
 from sslnb.parts import MemoryBank, in_groups
@@ -484,7 +485,7 @@ def test_features_of_many_images_are_there_once():
 
 def step_of(method: str, batch: int):
     recipe = methods.recipes(method)["demo"].with_(batch=batch)
-    return bench.training_step(recipe.with_(queue=1024) if "queue" in recipe.numbers else recipe)
+    return training_step(recipe.with_(queue=1024) if "queue" in recipe.numbers else recipe)
 
 
 def blocks(call, file: Path) -> list[int]:
@@ -517,7 +518,7 @@ def test_barlow_twins_needs_memory_for_pairs_of_outputs(tmp_path):
     taken = []
     for dim in (64, 128, 256):
         recipe = methods.recipes("barlowtwins")["demo"].with_(batch=16, dim=dim)
-        step = bench.training_step(recipe)
+        step = training_step(recipe)
         taken.append(sum(n for n in blocks(step, tmp_path / "trace.json") if n > 0))
     assert 16 < (taken[2] - 3 * taken[1] + 2 * taken[0]) / (6 * 64**2) < 60
 
@@ -557,7 +558,7 @@ def rss():
 
 LEAKS = """
 for name in ["simclr", *methods.METHODS]:  # the first one warms up
-    step = bench.training_step(methods.recipes(name)["demo"].with_(batch=32))
+    step = training_step(methods.recipes(name)["demo"].with_(batch=32))
     for _ in range(10):
         step()
     before = rss()

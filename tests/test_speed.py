@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslnb import methods, optim, prepare
-from sslnb.bench import _random_views
+from sslnb.bench_steps import random_views
 from sslnb.monitor import Meter
 from sslnb.recipes import method_numbers
 from sslnb.train import Trainer
@@ -49,7 +49,7 @@ def test_no_step_of_a_method_looks_at_the_device(name):
     recipe = small(name)
     method = recipe.build().train()
     optimizer = optim.build(method.param_groups(recipe), recipe)
-    views = _random_views(method, recipe)
+    views = random_views(recipe)
 
     def step():
         method(views, torch.arange(16))["loss"].backward()
@@ -68,7 +68,7 @@ def test_the_trainer_looks_once_per_interval_and_never_between(tmp_path):
     recipe = small("byol").with_(clip=1.0)
     trainer = Trainer(prepare(recipe, out=tmp_path / "run"))
     trainer.log_every = trainer.check_every = 100  # as on a GPU, where this is 20 or so
-    views = _random_views(trainer.method, recipe)
+    views = random_views(recipe)
     trainer.views = SimpleNamespace(photometric=lambda crops, seeds: crops)
     batches = iter([(views, torch.arange(16), torch.arange(16), torch.full((16,), -1))] * 3)
     meter = Meter(trainer)

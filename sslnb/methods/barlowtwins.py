@@ -34,6 +34,7 @@ SHOWN = 64  # outputs whose correlations a snapshot keeps: all 8192 x 8192 would
 
 class BarlowTwins(Method):
     accumulable = False  # C is a statistic of ONE batch: four matrices of 512 images are not one of 2048
+    chunks = True
     sync_bn = True  # the standardisation, too, is that of the whole batch; else C is no correlation
 
     def __init__(self, backbone: nn.Module, *, lambd: float = 0.0051, hidden_dim: int = 8192, dim: int = 8192,

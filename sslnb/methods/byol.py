@@ -32,6 +32,7 @@ from .base import Method
 
 class BYOL(Method):
     accumulable = True
+    chunks = True
     sync_bn = True
 
     def __init__(self, backbone: nn.Module, *, hidden_dim: int = 4096, dim: int = 256, momentum: float = 0.99,

@@ -25,6 +25,7 @@ from .base import Method
 
 class MoCoV3(Method):
     accumulable = False  # the keys ARE the batch: eight batches of 512 keys are not one of 4096
+    chunks = True
     sync_bn = True
 
     def __init__(self, backbone: nn.Module, *, temperature: float = 0.2, momentum: float = 0.99, hidden_dim: int = 4096,

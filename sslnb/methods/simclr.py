@@ -20,6 +20,7 @@ from .base import Method
 
 class SimCLR(Method):
     accumulable = False  # the negatives ARE the batch: eight batches of 64 are not one of 512
+    chunks = True
     sync_bn = True  # statistics of one GPU would let the network recognise which images share its batch
 
     def __init__(self, backbone: nn.Module, *, temperature: float = 0.1, hidden_dim: int = 2048, dim: int = 128,

@@ -23,6 +23,7 @@ from .base import Method
 
 class SimSiam(Method):
     accumulable = True
+    chunks = True
     sync_bn = True
 
     def __init__(self, backbone: nn.Module, *, hidden_dim: int = 2048, dim: int = 2048, predictor_dim: int = 512,

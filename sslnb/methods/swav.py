@@ -27,6 +27,7 @@ from .base import Method
 
 class SwAV(Method):
     accumulable = False  # codes are balanced within ONE batch: with few images there is little to balance
+    chunks = True
     sync_bn = True
 
     def __init__(self, backbone: nn.Module, *, temperature: float = 0.1, epsilon: float = 0.05, iterations: int = 3,
