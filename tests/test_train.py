@@ -196,6 +196,15 @@ def test_bf16_trains(tiny, tmp_path, precision):
     assert run.recipe.precision == "bf16" and run.status()["state"] == "done"
 
 
+@pytest.mark.parametrize("cpu, precision", [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
+                                            ({"avx512_bf16": False}, "fp32"), ({}, "fp32")])
+def test_a_recipe_in_fp16_takes_what_the_cpu_is_fast_in(tiny, tmp_path, monkeypatch, cpu, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
+    assert prepare(tiny(precision="fp16"), out=tmp_path / "half").recipe.precision == precision
+    assert prepare(tiny(), out=tmp_path / "full").recipe.precision == "fp32"
+
+
 def test_a_tracker_by_name(tiny, tmp_path):
     run = pretrain(tiny(epochs=1), out=tmp_path / "run", trackers=("tensorboard",))
     assert list(run.path.rglob("events.out.tfevents*"))
