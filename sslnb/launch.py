@@ -68,13 +68,14 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 
 def limit_threads(processes: int) -> None:
-    """Half of the CPU's cores for all processes together, unless OMP_NUM_THREADS says otherwise.
+    """Half of the CPU's cores for all processes here together, unless OMP_NUM_THREADS says otherwise.
 
     As many threads as cores wait for each other by spinning, and on a busy machine a step of 35 ms was measured to take
     7 s (2 cores, 2 threads), while one thread takes 50 ms come what may.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2 // processes))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # other machines have cores of their own
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2 // here))
 
 
 def failed(run: Run, error: Exception, rank: int) -> Exception:
@@ -95,6 +96,9 @@ def _explained(error: Exception, run: Run) -> Exception:
     if (system := os_error(error)) and system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return RuntimeError(f"{run.path} cannot be written ({system}); what was saved is untouched. Free some space; "
                             "the same command continues.")
+    if isinstance(error, dist.DistError) or "/gloo/" in said:
+        return RuntimeError(f"Another process of this run is gone: it failed, as log.jsonl then says, or its machine "
+                            f"did. The same command continues from the last checkpoint. ({said})")
     if said.startswith("DataLoader worker"):
         return RuntimeError(f"A process that loads images died ({said.strip(' .')}), often for want of memory: "
                             "fewer `workers` need less. The same command continues from the last checkpoint.")
@@ -116,22 +120,6 @@ class Unbreakable:
     def flush(self) -> None:
         with contextlib.suppress(BrokenPipeError):
             self._stream.flush()
-
-
-def join() -> None:
-    """Meet the other processes that torchrun started, before Accelerate does.
-
-    After a restart torchrun's store still holds the addresses of the dead, and who reads them first fails again and
-    again. Each attempt therefore gets keys of its own.
-    """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
-    if attempt is None or int(os.environ["WORLD_SIZE"]) == 1:
-        return
-    store, rank, world = next(dist.rendezvous("env://"))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
 
 
 def torchrun(run: Run, processes: int) -> None:

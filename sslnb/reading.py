@@ -99,4 +99,5 @@ def loader_workers(workers: int | str, images: Images, processes: int = 1) -> in
     """How many loader processes "auto" means: none for images in memory (starting them costs more), else most cores."""
     if workers != "auto":
         return int(workers)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # other machines have cores of their own
     return 0 if getattr(images, "root", None) is None else max(1, min(12, (os.cpu_count() or 2) // processes - 1))

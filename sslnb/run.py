@@ -216,10 +216,12 @@ class Run:
         with (self.path / "lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 file.seek(0)
                 raise InputError(f"{self.path} is being trained by another process ({file.read().strip()}); wait for "
                                  "it, watch it with Run.open, or choose another `out`.") from None
+            except OSError as error:  # Lustre and others, as a cluster may have mounted them
+                print(f"The disk of {self.path} has no locks ({error.strerror}): do not train it twice at a time.")
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {platform.node()}")
             file.flush()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import launch, optim
+from . import launch, nodes, optim
 from .batchnorm import sync_batchnorm
 from .checks import prepare
 from .errors import InputError, NonFinite
@@ -79,6 +79,7 @@ class Trainer:
         if world != recipe.gpus:
             raise InputError(f"{run.path} was prepared for {recipe.gpus} processes, but {world} were started; "
                              f"start {recipe.gpus}, or prepare it again with processes={world}.")
+        self.images = nodes.load(recipe)
         self.cuda = self.device.type == "cuda"
         self.threads = torch.get_num_threads()
         if not self.cuda:
@@ -96,7 +97,6 @@ class Trainer:
         self.model.train()
         torch.manual_seed(self.seed * 1009 + rank + 1)  # from here on (masks, dropout) processes must differ
 
-        self.images = recipe.load()
         self.views = method.views(recipe.size)
         self.sampler = EpochSampler(len(self.images), recipe.batch, rank=rank, world=world, seed=self.seed)
         workers = loader_workers(settings["workers"], self.images, world)
@@ -114,6 +114,7 @@ class Trainer:
         self.finite = FiniteWatch()
         self.monitor = Monitor(run, self.images, self.views, recipe, on=method.monitored)
         self._resume()
+        nodes.check_step(run, self.step)
 
     # ------------------------------------------------------------ the loop
 
@@ -216,6 +217,7 @@ class Trainer:
 
     def _leave(self, start: float, stop: launch.Stop) -> None:
         self.save(start)
+        stop.reason = stop.reason or "another process was told to stop"
         if self.main:
             self.run.write_status(state="interrupted", reason=stop.reason)
             print(f"Stopped at step {self.step} of {self.total} ({stop.reason}) and saved; "
@@ -281,12 +283,11 @@ class Trainer:
 
 def main() -> None:
     """What torchrun starts in every process."""
-    run = Run.open(sys.argv[1])
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and run.status().get("final"):
-        sys.exit(1)  # torchrun starts processes again after any error; this one would only repeat itself
     sys.stdout = launch.Unbreakable(sys.stdout)
-    launch.join()
     try:
+        nodes.join()
+        run = Run.open(sys.argv[1])
+        nodes.exit_if_hopeless(run)
         train(run)
     except InputError as error:
         sys.exit(f"{error}")

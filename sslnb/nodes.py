@@ -1,0 +1,128 @@
+"""Several processes on one machine or many: they meet anew after every restart, and train only what is the same."""
+
+import contextlib
+import hashlib
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+from .data import Images
+from .errors import InputError
+from .launch import any_process
+from .parts import world
+from .recipes import Recipe
+from .run import Run, code_of, versions
+
+
+def join() -> None:
+    """Meet the other processes that torchrun started, before Accelerate does.
+
+    On one machine torchrun's store outlives the processes: after a restart it still holds the addresses of the dead,
+    and who reads them first fails again and again. Each attempt therefore gets keys of its own. On several machines
+    each torchrun counts its own restarts, so there the store must be a new one each time.
+    """
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" not in env:
+        return
+    env.setdefault("SSLNB_PARENT", str(os.getppid()))  # without torchrun nobody would end this process or restart it
+    if env["WORLD_SIZE"] == "1":
+        return
+    attempt = env["TORCHELASTIC_RESTART_COUNT"]
+    if env["GROUP_WORLD_SIZE"] != "1":
+        if env["TORCHELASTIC_USE_AGENT_STORE"] == "True" and env["TORCHELASTIC_MAX_RESTARTS"] != "0":
+            raise InputError("--max_restarts on several machines needs the variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE="
+                             "1: set it on each of them, or leave --max_restarts out.")
+        attempt = "of this store"
+        with contextlib.suppress(OSError):
+            env.setdefault("GLOO_SOCKET_IFNAME", _interface_to(env["MASTER_ADDR"]))
+    store, rank, size = next(dist.rendezvous("env://"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(env["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size)
+
+
+def exit_if_hopeless(run: Run) -> None:
+    """torchrun starts processes again after any error: end them if this run's was one that would only come again.
+
+    A new torchrun, which a user started, tries. The counts of several torchruns differ, hence process 0 decides.
+    """
+    status, device = run.status(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mine = (status.get("host"), status.get("pid")) == (platform.node(), int(os.environ.get("SSLNB_PARENT", 0)))
+    if any_process(bool(status.get("final") and mine and world()[0] == 0), device):
+        sys.exit(1)
+
+
+def _interface_to(host: str) -> str:
+    """The network interface that leads to `host`. gloo takes that of the machine's name, often the loopback."""
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # sends nothing
+        mine = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if mine in [a.address for a in addresses]:
+            return name
+    raise OSError(f"no interface has the address {mine}")
+
+
+def load(recipe: Recipe) -> Images:
+    """The recipe's images, if all processes have the same and run the same code; else InputError in all of them."""
+    images = None
+    try:
+        images = recipe.load()
+        have = {**versions(), "the code of sslnb": _code(), recipe.method: code_of(recipe.method),
+                recipe.data: f"{len(images)} images, {_digest(images)}"}
+    except InputError as error:
+        have = {"error": str(error)}
+    everyone = _everyone(have)
+    for rank, node, other in everyone:
+        if "error" in other:
+            raise InputError(other["error"] if images is None else f"Process {rank} on {node}: {other['error']}")
+    if different := _difference(everyone):
+        raise InputError(f"{different}. All machines need the same packages, code and images.")
+    return images
+
+
+def check_step(run: Run, step: int) -> None:
+    """RuntimeError in all processes if they found different checkpoints; a network's disk may be right a bit later."""
+    if different := _difference(_everyone({"the step of its newest checkpoint": step})):
+        raise RuntimeError(f"{different}. {run.path} must be the same folder on one disk for all machines.")
+
+
+Facts = list[tuple[int, str, Mapping[str, object]]]  # rank, machine and what it has, of every process
+
+
+def _everyone(mine: Mapping[str, object]) -> Facts:
+    from accelerate.utils import gather_object
+
+    return [(rank, *pair) for rank, pair in enumerate(gather_object([(platform.node(), dict(mine))]))]
+
+
+def _difference(everyone: Facts) -> str:
+    """The first value that a process does not share with process 0, in words; "" if there is none."""
+    _, first, right = everyone[0]
+    for rank, node, values in everyone:
+        for key, value in values.items():
+            if value != right[key]:
+                return f"{key} is {value} for process {rank} on {node}, but {right[key]} for process 0 on {first}"
+    return ""
+
+
+def _code() -> str:
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+
+
+def _digest(images: Images) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(images.items))
+    if images.labels is not None:
+        digest.update(images.labels.numpy())
+    return digest.hexdigest()[:8]
