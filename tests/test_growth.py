@@ -549,9 +549,12 @@ def test_the_memory_of_a_process_is_linear_in_the_batch():
 
 
 RSS = """
-from sslnb import bench, methods
+import ctypes
+from sslnb import methods
+from sslnb.bench_steps import training_step
 
 def rss():
+    ctypes.CDLL(None).malloc_trim(0)  # else a leak goes unseen into what was freed before, and fragments look like one
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1e3
 """
@@ -589,10 +592,10 @@ print(len(held), held[len(held)] - held[len(held) // 3])
 @pytest.mark.slow
 def test_nothing_grows_with_the_number_of_steps():
     for name, grown in zip(methods.METHODS, measured(RSS + LEAKS)[1:], strict=True):
-        assert grown < 2.5, f"{name} holds {grown:.1f} MB more after 30 steps than after 10"
+        assert grown < 1, f"{name} holds {grown:.1f} MB more after 30 steps than after 10"
 
 
 @pytest.mark.slow
 def test_nothing_grows_as_training_goes_on():
     steps, grown = measured(RSS + LEAKS_OF_TRAINING)
-    assert steps == 360 and grown < 5
+    assert steps == 360 and grown < 2
