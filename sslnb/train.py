@@ -17,6 +17,7 @@ from torch import Tensor
 from . import launch, nodes, optim
 from .batchnorm import sync_batchnorm
 from .checks import prepare
+from .chunks import in_chunks
 from .errors import InputError, NonFinite
 from .evaluate.collapse import output_std
 from .monitor import FiniteWatch, Meter, Monitor
@@ -32,8 +33,8 @@ def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Pa
 
     The same call again continues an interrupted run exactly, and returns a finished one without training;
     `resume=False` moves what is there aside and starts anew. `processes` keeps the recipe's total batch and goes
-    through torchrun; 1 trains in this process. `precision` "auto" takes the recipe's, or fp32 on a machine without
-    a GPU. `trackers` are Accelerate's names, such as "tensorboard". Errors: InputError before any work.
+    through torchrun; 1 trains in this process. `precision` "auto" is the recipe's; on a CPU bf16 stands
+    in for fp16 if it is fast there, else fp32. `trackers` are Accelerate's names. Errors: InputError before any work.
     """
     run = prepare(recipe, data, out, processes=processes, precision=precision, resume=resume, seed=seed,
                   trackers=trackers, workers=workers, compile=compile)
@@ -89,6 +90,8 @@ class Trainer:
         method = recipe.build()
         if method.sync_bn and world > 1:
             sync_batchnorm(method, self.cuda)
+        if recipe.chunk:
+            in_chunks(method, recipe.chunk)
         method.to(self.device, memory_format=torch.channels_last)
         self.method = method
         self.optimizer = optim.build(method.param_groups(recipe), recipe)
