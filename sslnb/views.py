@@ -96,7 +96,7 @@ class Greyscale(BatchOp):
         return (draws() < self.p,)
 
     def apply(self, x: Tensor, on: Tensor) -> Tensor:
-        return _on_some(x, on.tolist(), lambda some: luma(some).expand_as(some))
+        return _on_some(x, on.tolist(), lambda some: some.copy_(luma(some)))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
+from sslnb import methods
 from sslnb import views as V
 from sslnb.embedded import photos
 from sslnb.errors import InputError
@@ -63,6 +64,31 @@ def test_jitter_applies_its_four_ops_in_each_images_own_order(pictures):
             theirs[i] = ops[which](theirs[i], float(factors[i, which]))
     assert len({tuple(o) for o in order.tolist()}) > 3 and 0 < on.sum() < len(on)
     assert (jitter.apply(pictures.clone(), on, factors, order) - theirs).abs().max() < TOLERANCE
+
+
+def test_colours_may_change_in_any_order_and_the_pixels_given_stay(pictures):
+    """MoCo v1 makes images grey before it changes their brightness."""
+    ops = (V.Greyscale(1.0), V.ColorJitter(0.8, 0.8, 0.8, 0.2, p=1.0), V.Blur(1.0), V.Solarize(1.0), V.Normalize())
+    x, seeds = (pictures * 255).byte(), torch.arange(len(pictures))
+    for order in (ops, ops[::-1]):
+        before = x.clone()
+        (made,) = V.Views(V.View(*order)).photometric([x], seeds)
+        assert made.isfinite().all() and torch.equal(x, before)
+        alone = torch.cat([V.Views(V.View(*order)).photometric([x[i:i + 1]], seeds[i:i + 1])[0] for i in range(3)])
+        assert torch.allclose(made[:3], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(methods.METHODS))
+def test_the_views_of_every_published_row_are_made(name):
+    """On two small photographs, many draws: every op takes part."""
+    images = [Image.fromarray(x[:64, :64]) for x in photos("train")[0][:2]]
+    row = next(r for key, r in methods.recipes(name).items() if key != "demo")
+    with torch.device("meta"):
+        views = row.build().views(row.size)
+    if name == "relative_loc":
+        images = [image.resize((300, 300)) for image in images]
+    for view in views(images * 5, seed=1):
+        assert view.isfinite().all()
 
 
 def test_parameters_are_drawn_per_image_within_their_ranges():
