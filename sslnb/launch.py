@@ -85,7 +85,9 @@ def failed(run: Run, error: Exception, rank: int) -> Exception:
     with contextlib.suppress(OSError):  # a full disk does not take these words either
         run.append("error", step=run.status().get("step", 0), process=rank, time=time.time(), text=reason)
         if rank == 0:
-            run.write_status(state="failed", reason=reason, final=isinstance(error, NonFinite | InputError))
+            final = isinstance(error, NonFinite | InputError)
+            again = "SSLNB_PARENT" in os.environ and not final  # torchrun below: it starts it anew or has the last word
+            run.write_status(state="running" if again else "failed", reason=reason, final=final)
     return error
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -40,6 +41,17 @@ class ViewSet(Dataset):
                 continue
             return self.crop(image, random.Random(seed)), index, seed, -1 if index == asked else asked
         raise InputError(f"No image can be decoded from {self.images.where(asked)} to the 100th after it.")
+
+
+def next_batch(batches: Iterator):
+    """`next`, where a loader process that died is told as such: what breaks first is often the socket to it."""
+    try:
+        return next(batches)
+    except (OSError, EOFError) as error:
+        if "in DataLoader worker process" not in str(error):  # else it lives, and an error of its own comes from there
+            time.sleep(1)  # torch says by a signal which process it was
+            raise RuntimeError(f"DataLoader worker is gone ({error})") from error
+        raise
 
 
 def in_order(images: Images, crop: Callable[[Image.Image, random.Random], list[Tensor]], batch: int,

@@ -21,7 +21,7 @@ from .chunks import in_chunks
 from .errors import InputError, NonFinite
 from .evaluate.collapse import output_std
 from .monitor import FiniteWatch, Meter, Monitor
-from .reading import EpochSampler, ViewSet, loader_workers
+from .reading import EpochSampler, ViewSet, loader_workers, next_batch
 from .recipes import Recipe
 from .run import Run, code_of
 
@@ -166,7 +166,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for micro in range(accum):
             with meter.waiting():
-                crops, index, seeds, broken = next(batches)
+                crops, index, seeds, broken = next_batch(batches)
                 self.broken.update(broken[broken >= 0].tolist())
             crops = [x.to(self.device, non_blocking=True) for x in crops]
             views = [x.contiguous(memory_format=torch.channels_last) for x in self.views.photometric(crops, seeds)]
@@ -238,7 +238,7 @@ class Trainer:
         # The batch is gone by now, but it depends on seed, epoch and step alone: make it again.
         self._seek(step)
         batches = iter(self.loader)
-        micro = [next(batches) for _ in range(self.recipe.accum)]
+        micro = [next_batch(batches) for _ in range(self.recipe.accum)]
         torch.save({"step": step, "terms": bad, "index": [index for _, index, _, _ in micro],
                     "views": [self.views.photometric(crops, seeds) for crops, _, seeds, _ in micro]}, path)
         raise NonFinite(f"{', '.join(bad)} is not finite at step {step}; the batch is in {path.name}. "

@@ -24,7 +24,7 @@ import torch
 from test_notebooks import ROOT
 
 from sslnb import Run, data
-from sslnb.files import checksum, read_jsonl
+from sslnb.files import append_jsonl, checksum, read_jsonl
 
 pytestmark = pytest.mark.faults
 
@@ -143,11 +143,12 @@ def written(run) -> tuple[int, list, list]:
 
 
 def kept(before, run) -> None:
-    """These rows are there as they were: not written again, and in front of the new ones. So are all checkpoints."""
+    """These rows are there as they were, in front of the new ones, and every checkpoint and snapshot is whole."""
     saved, rows, results = before
     assert [row for row in log(run) if row["step"] <= saved][: len(rows)] == rows
     assert run.results()[: len(results)] == results
     assert not [path for path in run.checkpoints() if checksum(path) != path.stem.split("-")[1]]
+    assert all(tensors["images"].ndim == 4 for _, tensors in run.snapshots())
 
 
 def same_run(a, b) -> None:
@@ -155,7 +156,6 @@ def same_run(a, b) -> None:
     for run in (a, b):
         assert run.status()["state"] == "done" and run.status()["step"] == run.status()["total"]
     same(a.latest(), b.latest())
-    same([path.name[:13] for path in a.checkpoints()], [path.name[:13] for path in b.checkpoints()])
     same((a.path / "backbone.safetensors").read_bytes(), (b.path / "backbone.safetensors").read_bytes())
     for kind, names in (("step", ("loss", "lr", "grad_norm")), ("monitor", ("knn", "effective_rank", "alignment"))):
         same(*([(row["step"], *(row[name] for name in names)) for row in run.history(kind)] for run in (a, b)))
@@ -218,10 +218,13 @@ def test_one_of_four_workers_is_killed(pictures, out):
     for number, step in ((3, BETWEEN + 5), (0, BETWEEN + 20)):
         at_step(child, out, step)
         before, starts = written(run), len(run.provenance())
-        rank(child, number).kill()
-        wait_for(lambda starts=starts: len(run.provenance()) > starts)
+        victim = rank(child, number)
+        victim.kill()
+        victim.wait()
+        while len(run.provenance()) == starts:
+            assert run.status()["state"] == "running" and child.poll() is None, printed(child)
+            time.sleep(0.1)
         kept(before, run)
-        assert run.status()["state"] == "running"
     assert child.wait(200) == 0, printed(child)
     same_run(whole, run)
     row("`kill -9` of one of four workers, the last and the first",
@@ -284,7 +287,7 @@ def stop_while_writing(child, out) -> list[Path]:
 
 def test_sigterm_while_a_checkpoint_is_written(pictures, whole, out):
     child, run = start(pictures, out), Run(out)
-    for step in range(BETWEEN, TOTAL, BETWEEN):
+    for step in (BETWEEN, 2 * BETWEEN):
         at_step(child, out, step - 3)
         if drafts := stop_while_writing(child, out):
             break
@@ -295,12 +298,17 @@ def test_sigterm_while_a_checkpoint_is_written(pictures, whole, out):
     assert child.wait(60) == 128 + signal.SIGTERM and f"Stopped at step {step} of {TOTAL}" in printed(child)
     assert run.latest()["step"] == step and not drafts[0].exists()
     assert run.status()["state"] == "interrupted" and run.status()["reason"] == "SIGTERM"
+    child = start(pictures, out)
+    at_step(child, out, step + 15)
+    child.terminate()
+    assert child.wait(60) == 128 + signal.SIGTERM
     before = written(run)
+    assert before[0] % 12, "not in the middle of an epoch"
     trained(pictures, out)
     kept(before, run)
     same_run(whole, run)
-    row("SIGTERM while a checkpoint is written", "it is written to its end, then the run stops as `interrupted`; the "
-        "same command goes on from this step")
+    row("SIGTERM while a checkpoint is written, and in the middle of an epoch", "the checkpoint is written to its end, "
+        "then the run stops as `interrupted`; the same command goes on from this step", 2)
 
 
 def test_a_kill_while_a_checkpoint_is_written(pictures, whole, out):
@@ -354,26 +362,23 @@ def disk(tmp_path) -> Iterator:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("free, what", [(2**20, "the next checkpoint"), (0, "a line of the log")])
-def test_the_disk_is_full(pictures, whole, out, disk, free, what):
+def test_the_disk_is_full(pictures, whole, disk):
     folder, fill = disk
     out, run = folder / "run", Run(folder / "run")
-    child = start(pictures, out)
-    at_step(child, out, BETWEEN + 20)
-    fill(child, free)
-    assert re.search("cannot be written .*(No space left|File too large).*Free some space; the same command continues",
-                     last_words(child))
-    before = written(run)
-    kept(before, run)
-    assert before[0] == BETWEEN and run.status()["state"] == ("failed" if free else "interrupted")
-    if fill.mounted:
-        assert "No space left" in last_words(start(pictures, out)) or free
-    fill(child, None)
+    for free in (2**20, 10**5, 0):  # too little for a checkpoint, for a snapshot, for a line of the log
+        child = start(pictures, out)
+        at_step(child, out, BETWEEN + 20)
+        fill(child, free)
+        said, before = last_words(child), written(run)
+        assert re.search("cannot be written .*(No space left|File too large).*Free some space; the same command", said)
+        assert before[0] == BETWEEN and run.status()["state"] == ("failed" if free else "interrupted")
+        kept(before, run)
+        fill(child, None)
     trained(pictures, out)
     kept(before, run)
     same_run(whole, run)
-    row(f"the disk is full ({fill.how}): {what} does not fit",
-        "the run stops and says so, every earlier checkpoint stays; the same command continues when there is space")
+    row(f"the disk is full ({fill.how}): a checkpoint, a snapshot or a line of the log does not fit",
+        "the run stops and says so; all that was there stays; the same command continues when there is space", 3)
 
 
 def test_checkpoints_are_damaged(pictures, whole, out):
@@ -500,8 +505,8 @@ def test_a_loss_is_nan(pictures, whole, out, hurt):
     trained(pictures, out, method=hurt)
     kept(before, run)
     same_run(whole, run)
-    row(f"a loss that is NaN (step {bad})", "the run fails before an update, names step and term and keeps the batch; "
-        "without the cause the same command continues from the checkpoint before", 2)
+    row(f"a loss that is NaN (step {bad})", "the run fails and names step and term; the batch is kept, bad weights are "
+        "not; without the cause the same command continues from the checkpoint before", 2)
 
 
 def test_the_clock_goes_back(pictures, whole, out, hurt):
@@ -534,8 +539,10 @@ def test_the_log_ends_in_a_torn_line(pictures, whole, out):
     before = written(run)
     assert before[1] and before[2] == [{"protocol": "knn"}]
     trained(pictures, out)
+    append_jsonl(out / "results.jsonl", {"protocol": "linear"})
     kept(before, run)
     same_run(whole, run)
+    assert [found["protocol"] for found in run.results()] == ["knn", "linear"]
     row("a torn last line, with bytes that are no text, in the log and in the results",
         "the line is left out, all others stay; the next row gets a line of its own")
 
