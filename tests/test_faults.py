@@ -21,7 +21,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_notebooks import ROOT
 
 from sslnb import Run, data
 from sslnb.files import append_jsonl, checksum, read_jsonl
@@ -37,6 +36,7 @@ method, data, out, epochs, processes, workers = sys.argv[1:]
 recipe = resolve(method, epochs=int(epochs), batch=8)
 pretrain(recipe, data, out, processes=int(processes), workers=int(workers))
 """
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "00_start.ipynb"
 EPOCHS, TOTAL, BETWEEN = 24, 288, 96
 started: list[subprocess.Popen] = []
 
@@ -251,7 +251,7 @@ def test_a_loader_process_is_killed(pictures, whole, out):
 
 def test_the_kernel_is_killed_under_papermill(pictures, whole, out):
     values = {"method": "mae", "data": pictures, "epochs": EPOCHS, "batch": 8, "workers": 2, "out": out}
-    words = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "00_start.ipynb", "out.ipynb",
+    words = [sys.executable, "-m", "papermill", NOTEBOOK, "out.ipynb",
              *(word for name, value in values.items() for word in ("-p", name, str(value)))]
     child, run = launched(words, out.parent), Run(out)
     wait_for(lambda: any(row["step"] >= BETWEEN + 20 for row in run.history()))
@@ -335,18 +335,21 @@ def test_a_kill_while_a_checkpoint_is_written(pictures, whole, out):
 
 
 @pytest.fixture
-def disk(tmp_path) -> Iterator:
-    """A folder, and `fill(child, free)`, which leaves `free` bytes in it; `fill(child, None)` makes room again. It is a
-    file system of its own where that can be mounted, else each file that the child writes is limited to `free`."""
-    folder = tmp_path / "disk"
+def disk(out) -> Iterator:
+    """A folder, and `fill(child, free)`, which leaves `free` bytes in it; `fill(child, None)` makes room again.
+
+    It is a file system of its own where that can be mounted. Elsewhere no file of the child may grow beyond `free`, or
+    beyond the log as it is: there must be room for what it prints.
+    """
+    folder = out.with_name("disk")
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", folder], capture_output=True)
     filler = folder / "filler"
 
     def fill(child, free):
         if not fill.mounted:
-            limit = resource.RLIM_INFINITY if free is None else free
-            if child.poll() is None:
+            if free is not None:
+                limit = max(free, (folder / "run" / "log.jsonl").stat().st_size)
                 resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         elif free is None:
             filler.unlink()
@@ -365,7 +368,7 @@ def disk(tmp_path) -> Iterator:
 def test_the_disk_is_full(pictures, whole, disk):
     folder, fill = disk
     out, run = folder / "run", Run(folder / "run")
-    for free in (2**20, 10**5, 0):  # too little for a checkpoint, for a snapshot, for a line of the log
+    for free in (10**5, 2**20, 0):  # too little for a snapshot, for a checkpoint, for a line of the log
         child = start(pictures, out)
         at_step(child, out, BETWEEN + 20)
         fill(child, free)
@@ -377,7 +380,7 @@ def test_the_disk_is_full(pictures, whole, disk):
     trained(pictures, out)
     kept(before, run)
     same_run(whole, run)
-    row(f"the disk is full ({fill.how}): a checkpoint, a snapshot or a line of the log does not fit",
+    row(f"the disk is full ({fill.how}): a snapshot, a checkpoint or a line of the log does not fit",
         "the run stops and says so; all that was there stays; the same command continues when there is space", 3)
 
 
