@@ -402,8 +402,8 @@ def test_checkpoints_are_damaged(pictures, whole, out):
         assert child.wait(200) == 0 and printed(child).count("is damaged") == passed_over
         kept(before, hurt)
         same_run(whole, hurt)
-    row("truncated and bit-flipped checkpoints", "the newest whole one counts, and the run says which ones it passes "
-        "over; if there is none it begins anew", len(cut) + 1 + len(flips))
+    row(f"truncated and bit-flipped checkpoints, {len(cut) + 1 + len(flips)} damages which are all noticed", "the newest "
+        "whole one counts, and the run says which ones it passes over; if there is none it begins anew", 2)
 
 
 def flipped(content, at, numbers) -> bytes:
@@ -563,7 +563,7 @@ def test_the_status_is_torn(pictures, whole, out):
         assert run.status()["state"] == "done" and run.status()["step"] == TOTAL
         same(whole.latest(), run.latest())
     row("a torn `status.json`, of a run that was killed and of one that was done",
-        "checkpoints and log say where it was; the same command writes it anew", 2)
+        "checkpoints and log say where it was; forgotten is only which checkpoint was the best so far", 2)
 
 
 def test_two_runs_on_one_directory(pictures, whole, out):
