@@ -402,8 +402,8 @@ def test_checkpoints_are_damaged(pictures, whole, out):
         assert child.wait(200) == 0 and printed(child).count("is damaged") == passed_over
         kept(before, hurt)
         same_run(whole, hurt)
-    row(f"truncated and bit-flipped checkpoints, {len(cut) + 1 + len(flips)} damages which are all noticed", "the newest "
-        "whole one counts, and the run says which ones it passes over; if there is none it begins anew", 2)
+    row(f"truncated and bit-flipped checkpoints, {len(cut) + 1 + len(flips)} damages which are all noticed", "the "
+        "newest whole one counts, and the run says which ones it passes over; if there is none it begins anew", 2)
 
 
 def flipped(content, at, numbers) -> bytes:
