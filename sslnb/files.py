@@ -37,10 +37,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """A safetensors file of a state dict, from any device."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # not save_file, whose files nobody but their owner may read
 
+    held = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with drafted(path) as draft:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft, metadata={"format": "pt"})
+        draft.write_bytes(save(held, metadata={"format": "pt"}))
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The loop and the run directory: exact resume, honest steps, and nothing lost when something breaks."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -173,6 +174,16 @@ def test_a_run_leaves_what_evaluation_needs(tiny, tmp_path):
     start = run.provenance()[0]
     assert start["versions"]["torch"] and start["git"] and start["hardware"]
     assert "done" in run.summary() and "versions" in run.summary()
+
+
+def test_what_a_run_leaves_can_be_read_by_whom_the_user_lets(tiny, tmp_path):
+    """By all, with the usual mask: safetensors' own files are their owner's alone."""
+    mask = os.umask(0o022)
+    try:
+        run = pretrain(tiny(epochs=1), out=tmp_path / "run")
+    finally:
+        os.umask(mask)
+    assert {oct(p.stat().st_mode & 0o777) for p in run.path.rglob("*") if p.is_file()} == {"0o644"}
 
 
 def test_the_monitor_changes_nothing(tiny, tmp_path, monkeypatch):
