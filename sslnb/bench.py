@@ -102,20 +102,20 @@ def photo_files(folder: str | Path, count: int = 32, shape: tuple[int, int] = (5
     return files
 
 
-def loading(folder: str | Path, views: Views, batch: int = 16) -> Callable[[], object]:
+def loading(folder: str | Path, views: Views, batch: int = 64) -> Callable[[], object]:
     """All images of a folder from file to normalised views, through the loader, in this process."""
     from .data import load
 
     images = load(Path(folder))
 
     def epoch() -> None:
-        order = EpochSampler(len(images), batch)
+        order = EpochSampler(len(images), min(batch, len(images)))
         for crops, _, seeds, _ in torch.utils.data.DataLoader(ViewSet(images, views.crop), batch_sampler=order):
             views.photometric([x.to(the_device("auto")) for x in crops], seeds)
     return epoch
 
 
-def loading_with(transform: Callable, folder: str | Path, batch: int = 16) -> Callable[[], object]:
+def loading_with(transform: Callable, folder: str | Path, batch: int = 64) -> Callable[[], object]:
     """The same with a transform from PIL image to tensors in the dataset, as lightly and others do it."""
     files = sorted(Path(folder).iterdir())
 
