@@ -49,7 +49,8 @@ class Preflight:
         if self.data_wait > WAITS:
             return f"It waits for images {self.data_wait:.0%} of the time: more workers, or a faster disk."
         if self.available and self.memory > FULL * self.available:
-            return "The memory is nearly full: a smaller batch, gathered with accum where the method allows it."
+            return ("The memory is nearly full: a smaller batch, gathered with accum, or chunk where a method compares "
+                    "the images of a batch.")
         if self.available and self.memory < self.available / 3:
             return "Most of the memory is free: a larger batch per process, with fewer processes or less accum."
         return "Nothing stands out."
