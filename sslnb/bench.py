@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .data import load
 from .evaluate.features import the_device
+from .launch import DTYPES
 from .reading import EpochSampler, ViewSet
 from .recipes import Recipe
 from .views import Views
@@ -60,9 +62,9 @@ def wait() -> None:
 # ---------------------------------------------------------------- floors
 
 
-def matmul_rate(device: str = "auto", n: int = 2048, dtype: torch.dtype = torch.float32) -> float:
+def matmul_rate(precision: str = "fp32", device: str = "auto", n: int = 2048) -> float:
     """Floating-point operations per second of a product of two n x n matrices, the best of a few."""
-    a, b = (torch.randn(n, n, device=the_device(device), dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=the_device(device), dtype=DTYPES[precision]) for _ in range(2))
     return 2 * n**3 / in_turns({"product": lambda: a @ b}, 7)["product"].low
 
 
@@ -88,8 +90,6 @@ def forward_flops(backbone: nn.Module, x: Tensor) -> int:
 
 def photo_files(folder: str | Path, count: int = 32, shape: tuple[int, int] = (500, 375)) -> list[Path]:
     """JPEG files of ImageNet's usual size: four of the embedded photographs on each, as rich in detail as any."""
-    from .data import load
-
     photos, folder = load("photos"), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -104,8 +104,6 @@ def photo_files(folder: str | Path, count: int = 32, shape: tuple[int, int] = (5
 
 def loading(folder: str | Path, views: Views, batch: int = 64) -> Callable[[], object]:
     """All images of a folder from file to normalised views, through the loader, in this process."""
-    from .data import load
-
     images = load(Path(folder))
 
     def epoch() -> None:
@@ -175,7 +173,6 @@ def _weigh() -> None:
     """Peaks, one a line, of the recipes on standard input, one a line, each in a fork of this process."""
     from . import train  # noqa: F401
     from .bench_steps import training_step
-    from .data import load
 
     load("digits_scattered")  # like `train`, for what it imports: that is no part of a step
     for line in sys.stdin:

@@ -1,7 +1,7 @@
 """The same training steps made of lightly's building blocks (its extra `bench`), for notebooks/throughput.ipynb.
 
 Each is what lightly's documentation shows for the method, with our recipe's backbone, widths and optimizer: the same
-memory format, the same views, no data loading. What differs between the two is only how a step is written.
+memory format and precision, the same views, no data loading. What differs is how a step is written.
 """
 
 import copy
@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .launch import autocast
 from .recipes import Recipe, method_numbers
 
 
@@ -31,7 +32,9 @@ def lightly_step(recipe: Recipe, views: list[Tensor]) -> Callable[[], object] | 
     optimizer = optim.build([{"params": trained, "weight_decay": recipe.weight_decay}], recipe)
 
     def step() -> None:
-        loss(views).backward()
+        with autocast(recipe.precision, views[0].device):
+            value = loss(views)
+        value.backward()
         optimizer.step()
         optimizer.zero_grad()
         after()

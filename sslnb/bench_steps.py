@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import backbones
 from .evaluate.features import the_device
+from .launch import autocast
 from .recipes import Recipe
 from .run import Run
 
@@ -58,7 +59,7 @@ def bare_step(recipe: Recipe, views: list[Tensor]) -> Callable[[], object]:
 
     def step() -> None:
         for x, learns in sent:
-            with torch.set_grad_enabled(learns):
+            with torch.set_grad_enabled(learns), autocast(recipe.precision, x.device):
                 out = backbone(x)
             if learns:
                 out.sum().backward()

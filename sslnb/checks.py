@@ -61,8 +61,8 @@ def _precision(recipe: Recipe, precision: str) -> str:
 
 def _check_chunk(recipe: Recipe, compile: bool) -> None:
     if not methods.get(recipe.method).chunks:
-        raise InputError(f"{recipe.method} does not take chunk={recipe.chunk}: images meet its backbone with more than "
-                         "themselves; use a smaller batch, with accum where the method allows it.")
+        raise InputError(f"{recipe.method} does not take chunk={recipe.chunk}; use a smaller batch, with accum where "
+                         "the method allows it.")
     if compile:
         raise InputError(f"chunk={recipe.chunk} and compile=True exclude each other; leave one of them out.")
 

@@ -20,6 +20,7 @@ from .files import os_error
 from .run import Run, alive
 
 RESTARTS = 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stop:
@@ -176,6 +177,11 @@ def accelerator(precision: str, trackers: Sequence[str], path: Path):
     return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not torch.cuda.is_available(),
                        log_with=list(trackers) or None, project_dir=str(path),
                        kwargs_handlers=[ddp])
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """What `accelerator` puts around the training step, for what runs beside it."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def random_state(cuda: bool) -> dict[str, Tensor]:

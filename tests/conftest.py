@@ -36,6 +36,14 @@ def measured(code: str) -> list[float]:
     return [float(number) for number in printed.split()]
 
 
+def apart(one, other) -> float:
+    """How far the backbones of two runs with seed 0 are from each other, as a share of the way that training went."""
+    torch.manual_seed(0)
+    start = torch.nn.utils.parameters_to_vector(other.recipe.build().backbone.parameters())
+    a, b = (torch.nn.utils.parameters_to_vector(run.backbone().parameters()) for run in (one, other))
+    return float((a - b).norm() / (b - start).norm())
+
+
 HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
 

@@ -67,6 +67,24 @@ def test_the_floor_is_what_the_method_sends_through_its_backbone(tiny, method, s
     assert found == sent
 
 
+def test_the_floor_has_the_precision_of_the_step(tiny, monkeypatch):
+    seen, build = [], backbones.build
+
+    def noted(*args, **kwargs):
+        net = build(*args, **kwargs)
+        net.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+        return net
+
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        recipe = tiny("simsiam", precision=precision)
+        views = random_views(recipe)
+        monkeypatch.setattr(backbones, "build", noted)
+        step, bare = training_step(recipe, views), bare_step(recipe, views)
+        seen.clear()
+        step(), bare()
+        assert len(seen) == 4 and set(seen) == {dtype}
+
+
 def test_a_method_that_lightly_has_no_blocks_for_has_no_step_of_it(tiny):
     assert lightly_step(tiny("npid"), []) is None
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..backbones import features
 from ..errors import InputError
+from ..launch import autocast
 from ..parts import full_precision, sum_over_processes, world
 from ..reading import in_order
 from ..recipes import Recipe
@@ -127,8 +128,7 @@ class Supervised(Protocol):
         self.eval()
         for (crops,), index, seeds, broken in loader:
             (x,) = view.photometric([crops.to(device)], seeds)
-            with torch.autocast(device.type, torch.bfloat16 if run.recipe.precision == "bf16" else torch.float16,
-                                enabled=run.recipe.precision != "fp32"):
+            with autocast(run.recipe.precision, device):
                 logits = self.logits(x)
             yield logits[(broken < 0).to(device)], labels[index][broken < 0].to(device)
         self.train(training)

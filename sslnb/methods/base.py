@@ -23,7 +23,7 @@ class Method(nn.Module):
     """False where negatives or batch statistics make accumulated small batches another method than one big batch."""
 
     chunks = False
-    """True where images meet the backbone in `self.backbone(x)` only: it can take few at a time (sslnb/chunks.py)."""
+    """True where a recipe may say `chunk`: forward does no more with the backbone than call it (sslnb/chunks.py)."""
 
     sync_bn = False
     """True where batch norm must see the batch of all processes."""
