@@ -163,7 +163,8 @@ def _mae(backbone: nn.Module, numbers: dict) -> Made:
         (x,) = views
         keep, hidden = utils.random_token_mask((len(x), length), numbers["mask_ratio"], device=x.device)
         seen = decoder.embed(encoder.encode(x, idx_keep=keep))
-        tokens = utils.set_at_index(utils.repeat_token(decoder.mask_token, (len(x), length)), keep, seen)
+        tokens = utils.set_at_index(utils.repeat_token(decoder.mask_token, (len(x), length)).to(seen.dtype),
+                                    keep, seen)
         painted = decoder.predict(utils.get_at_index(decoder.decode(tokens), hidden))
         return nn.functional.mse_loss(painted, utils.get_at_index(utils.patchify(x, patch), hidden - 1))
 
