@@ -216,6 +216,7 @@ def other(monkeypatch):
     def differ(**values):
         monkeypatch.setattr("accelerate.utils.gather_object",
                             lambda mine: [*mine, ("node-b", {**mine[0][1], **values})])
+        monkeypatch.setattr(nodes, "world", lambda: (0, 2))
 
     return differ
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslnb import methods, optim, prepare
+from sslnb import methods, nodes, optim, prepare
 from sslnb.bench_steps import random_views
 from sslnb.monitor import Meter
 from sslnb.recipes import method_numbers
@@ -78,6 +78,11 @@ def test_the_trainer_looks_once_per_interval_and_never_between(tmp_path):
     trainer.close()
     assert not {k: v for k, v in looks.found.items() if "reading" not in k and "train.py" not in k}, looks.found
     assert sum(looks.found.values()) <= 1, "the numbers of broken images, which are on the CPU"
+
+
+def test_a_process_that_is_alone_reads_no_image_and_no_code_to_compare_them(monkeypatch):
+    monkeypatch.setattr(nodes, "_code", lambda: 1 / 0)
+    assert len(nodes.load(small("simclr"))) == 1300
 
 
 def test_lars_launches_as_much_for_many_tensors_as_for_few():
