@@ -196,7 +196,7 @@ def mask_enters(module: nn.Module, change: Callable[[Tensor], Tensor], before: b
 
 def put_token(cells: Tensor, mask: Tensor, token: Tensor) -> Tensor:
     """The token (1, 1, D) instead of every hidden cell: (B, L, D) of a ViT or (B, h, w, D) of a Swin; mask (B, L)."""
-    hidden = mask.to(cells.device).view(*cells.shape[:-1], 1) > 0
+    hidden = mask.to(cells.device, non_blocking=True).view(*cells.shape[:-1], 1) > 0
     return torch.where(hidden, token.to(cells.dtype), cells)
 
 

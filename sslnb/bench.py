@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from .data import load
 from .evaluate.features import the_device
@@ -62,26 +61,29 @@ def wait() -> None:
 # ---------------------------------------------------------------- floors
 
 
-def matmul_rate(precision: str = "fp32", device: str = "auto", n: int = 2048) -> float:
-    """Floating-point operations per second of a product of two n x n matrices, the best of a few."""
-    a, b = (torch.randn(n, n, device=the_device(device), dtype=DTYPES[precision]) for _ in range(2))
+def matmul_rate(precision: str = "fp32", device: str = "auto", n: int = 0) -> float:
+    """Floating-point operations per second of a product of two n x n matrices, the best of a few; 0: large enough."""
+    device = the_device(device)
+    n = n or (8192 if device == "cuda" else 2048)
+    a, b = (torch.randn(n, n, device=device, dtype=DTYPES[precision]) for _ in range(2))
     return 2 * n**3 / in_turns({"product": lambda: a @ b}, 7)["product"].low
 
 
-def copy_rate(device: str = "auto", megabytes: int = 64) -> float:
-    """Bytes per second that are read and written by a copy, the best of a few."""
-    a = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=the_device(device))
+def copy_rate(device: str = "auto", megabytes: int = 0) -> float:
+    """Bytes per second that are read and written by a copy, the best of a few; 0: more than fits into any cache."""
+    device = the_device(device)
+    megabytes = megabytes or (1024 if device == "cuda" else 64)
+    a = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=device)
     b = torch.empty_like(a)
     return 2 * len(a) / in_turns({"copy": lambda: b.copy_(a)}, 7)["copy"].low
 
 
-@torch.no_grad()
-def forward_flops(backbone: nn.Module, x: Tensor) -> int:
-    """Floating-point operations of one forward pass, as torch counts them: products and convolutions."""
+def count_flops(call: Callable[[], object]) -> int:
+    """Floating-point operations of a call, as torch counts them: products and convolutions, forward and backward."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        backbone(x)
+        call()
     return counter.get_total_flops()
 
 

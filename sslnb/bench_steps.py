@@ -33,7 +33,7 @@ def random_views(recipe: Recipe) -> list[Tensor]:
     return [x.to(the_device("auto"), memory_format=torch.channels_last) for x in drawn]
 
 
-def training_step(recipe: Recipe, views: list[Tensor] | None = None) -> Callable[[], object]:
+def training_step(recipe: Recipe, views: list[Tensor] | None = None, compile: bool = False) -> Callable[[], object]:
     """One optimizer step of the trainer: forward, backward, update, hooks. No images are loaded, no row is written."""
     from .checks import prepare
     from .monitor import Meter
@@ -41,13 +41,23 @@ def training_step(recipe: Recipe, views: list[Tensor] | None = None) -> Callable
 
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
         one = recipe.with_(data="digits_scattered", gpus=1, accum=1, force_accum=True)
-        trainer = Trainer(prepare(one, out=Path(folder) / "run"))
+        trainer = Trainer(prepare(one, out=Path(folder) / "run", compile=compile))
     torch.set_num_threads(trainer.threads)  # as many as for what stands beside it
     trainer.log_every = trainer.check_every = trainer.total = 10**9
     trainer.views = SimpleNamespace(photometric=lambda crops, seeds: crops)
     index = torch.arange(recipe.batch)
     batch, meter = (views or random_views(recipe), index, index, torch.full_like(index, -1)), Meter(trainer)
     return lambda: trainer._step(iter([batch]), meter)
+
+
+def photometry(recipe: Recipe) -> Callable[[], object]:
+    """What happens on the training device before the step: a batch of crops, noise here, becomes normalised views."""
+    with torch.device("meta"):
+        views = recipe.build().views(recipe.size)
+    shapes = [x.shape[1:] for x in random_views(recipe.with_(batch=1))]
+    crops = [torch.randint(256, (recipe.batch, *shape), dtype=torch.uint8, device=the_device("auto"))
+             for shape in shapes]
+    return lambda: views.photometric(crops, torch.arange(recipe.batch))
 
 
 def bare_step(recipe: Recipe, views: list[Tensor]) -> Callable[[], object]:

@@ -37,7 +37,7 @@ def hog(images: Tensor, cell: int = 8, gaussian_window: int = 0, local_norm: boo
     gx, gy = gradients(images)
     magnitude = (gx**2 + gy**2).sqrt()
     if gaussian_window:
-        tile = gaussian(gaussian_window).to(magnitude)
+        tile = gaussian(gaussian_window).to(magnitude, non_blocking=True)
         magnitude = magnitude * tile.repeat(h // gaussian_window, w // gaussian_window)
     which = (torch.atan2(gx, gy) / math.pi * BINS).floor().remainder(BINS)
     # Bin after bin: no (B, C, 9, H, W) in memory, and no scatter, whose order of adding changes on a GPU.

@@ -111,7 +111,7 @@ def in_groups(x: Tensor, images: int) -> tuple[Tensor, ...]:
 def shuffle(x: Tensor) -> tuple[Tensor, Tensor]:
     """Deal the rows of all processes anew: (n, ...) -> n other rows, and the order (N,) that `unshuffle` needs."""
     order = torch.randperm(len(x) * world()[1])  # drawn on the CPU, whose random state a resumed run gets back
-    order = agreed(order.to(x.device))
+    order = agreed(order.to(x.device, non_blocking=True))
     return gather(x)[share(order)], order
 
 

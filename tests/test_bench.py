@@ -32,7 +32,11 @@ def test_rates_are_those_of_a_machine():
 
 def test_operations_of_a_convolution_by_hand():
     conv = nn.Conv2d(3, 8, 5, padding=2, bias=False)
-    assert bench.forward_flops(conv, torch.zeros(2, 3, 10, 10)) == 2 * 2 * 10 * 10 * 8 * 3 * 5 * 5
+    forward = 2 * 2 * 10 * 10 * 8 * 3 * 5 * 5
+    assert bench.count_flops(lambda: conv(torch.zeros(2, 3, 10, 10))) == forward
+    assert bench.count_flops(lambda: conv(torch.zeros(2, 3, 10, 10)).sum().backward()) == 2 * forward
+    x = torch.zeros(2, 3, 10, 10, requires_grad=True)
+    assert bench.count_flops(lambda: conv(x).sum().backward()) == 3 * forward
 
 
 def test_photo_files_are_jpegs_of_the_wanted_size(tmp_path):

@@ -45,23 +45,33 @@ def small(name):
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))
-def test_no_step_of_a_method_looks_at_the_device(name):
+def test_no_step_of_a_method_looks_at_the_device(name, monkeypatch):
     recipe = small(name)
-    method = recipe.build().train()
-    optimizer = optim.build(method.param_groups(recipe), recipe)
     views = random_views(recipe)
+    method = recipe.build().to(views[0].device).train()
+    optimizer = optim.build(method.param_groups(recipe), recipe)
+    index = torch.arange(16, device=views[0].device)
 
     def step():
-        method(views, torch.arange(16))["loss"].backward()
+        method(views, index)["loss"].backward()
         method.before_step(0.5)
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(0.5)
 
     step()  # the first one may look at what it then remembers
+    sent, to = [], torch.Tensor.to
+
+    def noted(tensor, *args, **kwargs):
+        if isinstance(args[0], torch.device | torch.Tensor) and not kwargs.get("non_blocking"):
+            sent.append(sys._getframe(1).f_code)
+        return to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
     with Looks() as looks:
         step()
     assert sum(looks.found.values()) == ALLOWED.get(name, 0), looks.found
+    assert not sent, f"what goes to the device without non_blocking waits until it is idle: {sent}"
 
 
 def test_the_trainer_looks_once_per_interval_and_never_between(tmp_path):

@@ -62,7 +62,7 @@ class A2MIM(Masked):
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         (images,) = views
-        mask = self.draw_mask(len(images)).to(images.device)
+        mask = self.draw_mask(len(images)).to(images.device, non_blocking=True)
         prediction = self.reconstruct(images, mask)
         spatial, frequency = self.losses(prediction, self.target(images), mask)
         return {"loss": spatial + self.fft_weight * frequency, "spatial": spatial, "frequency": frequency,
@@ -74,13 +74,13 @@ class A2MIM(Masked):
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """-> pictures (B, 3, H, W), in the visible parts too."""
-        mask = mask.to(images.device)
+        mask = mask.to(images.device, non_blocking=True)
         with mask_enters(getattr(self.backbone, self.part), lambda f: self.add_token(f, mask), self.before):
             return self.head(last_map(self.backbone, self.seen(images, mask)))
 
     def seen(self, images: Tensor, mask: Tensor) -> Tensor:
         """Holes in the mean colour of the whole image: what is hidden tells that much of itself."""
-        mask = mask.to(images.device)
+        mask = mask.to(images.device, non_blocking=True)
         if self.fill == "mean":
             return paint_mean(images, mask, self.patch)
         return images * (1 - upsample_mask(mask, self.patch))

@@ -87,7 +87,7 @@ class Masked(Method):
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         (images,) = views
         mask = self.draw_mask(len(images))
-        prediction, mask = self.reconstruct(images, mask), mask.to(images.device)
+        prediction, mask = self.reconstruct(images, mask), mask.to(images.device, non_blocking=True)
         return {"loss": self.loss(prediction, self.target(images), mask), "prediction": prediction, "mask": mask}
 
     def draw_mask(self, batch: int, generator: Generator | None = None) -> Tensor:

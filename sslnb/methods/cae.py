@@ -68,7 +68,8 @@ class CAE(Masked):
 
     def places(self, mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where the visible (B, K) and the hidden patches (B, n) are, each in order."""
-        return visible_first(mask)[0].to(device), visible_first(1 - mask)[0].to(device)
+        visible, hidden = (visible_first(m)[0].to(device, non_blocking=True) for m in (mask, 1 - mask))
+        return visible, hidden
 
     def position(self, places: Tensor) -> Tensor:
         return self.backbone.pos_embed[0, 1:][places]
@@ -107,7 +108,7 @@ class CAE(Masked):
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """-> tokens (B, L): the likeliest in every hidden place; visible places, of which the network says nothing,
         have those of the image with its holes painted grey."""
-        mask = mask.to(images.device)
+        mask = mask.to(images.device, non_blocking=True)
         visible, hidden = self.places(mask, images.device)
         logits = self.decoder(self.regress(images, visible, hidden), self.position(hidden))
         return self.target(images * (1 - upsample_mask(mask, self.patch))).scatter(1, hidden, logits.argmax(-1))

@@ -73,7 +73,7 @@ class Inpainting(Masked):
 
     def seen(self, images: Tensor, mask: Tensor) -> Tensor:
         """Zero in the hole: the mean colour of all of ImageNet, which tells nothing about this image."""
-        return images * (1 - upsample_mask(mask.to(images.device), self.patch))
+        return images * (1 - upsample_mask(mask.to(images.device, non_blocking=True), self.patch))
 
     @full_precision
     def loss(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:

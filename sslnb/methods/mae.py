@@ -52,7 +52,7 @@ class MAE(Masked):
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Tensor:
         """-> the prediction for every patch, hidden or not (B, L, patch²·3)."""
-        keep, restore = (i.to(images.device) for i in visible_first(mask))
+        keep, restore = (i.to(images.device, non_blocking=True) for i in visible_first(mask))
         return self.decoder(encode_visible(self.backbone, images, keep), restore)
 
     @full_precision

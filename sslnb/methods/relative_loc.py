@@ -63,7 +63,7 @@ class RelativeLoc(Method):
         p = x.shape[-1] // 3
         x = x[..., :3 * p, :3 * p].unflatten(3, (3, p)).unflatten(2, (3, p))  # B x 3 x row x p x column x p
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)  # B x 9 x 3 x p x p
-        return x[:, [0, 1, 2, 3, 5, 6, 7, 8]].flatten(0, 1), x[:, 4]
+        return torch.cat([x[:, :4], x[:, 5:]], 1).flatten(0, 1), x[:, 4]
 
     def pairs(self, around: Tensor, centre: Tensor) -> Tensor:
         """[f(p_ij); f(p_ic)], (8B, 2D). Two forwards, so that neighbours and centres have their own BN statistics."""
