@@ -9,7 +9,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from sslnb import methods
+from sslnb import methods, photometry
 from sslnb import views as V
 from sslnb.embedded import photos
 from sslnb.errors import InputError
@@ -33,14 +33,21 @@ def one_by_one(function, x, factors):
     (adjust_saturation, TF.adjust_saturation, 0, 2), (adjust_hue, TF.adjust_hue, -0.5, 0.5)])
 def test_colour_ops_agree_with_torchvision(pictures, ours, theirs, low, high):
     factors = torch.linspace(low, high, len(pictures))
-    assert (ours(pictures.clone(), factors) - one_by_one(theirs, pictures, factors)).abs().max() < TOLERANCE
+    expected = one_by_one(theirs, pictures, factors)
+    assert (ours(pictures.clone(), factors) - expected).abs().max() < TOLERANCE
+    alone = [ours(x, f) for x, f in zip(pictures.clone().split(1), factors.split(1), strict=True)]
+    assert (torch.cat(alone) - expected).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("way", [photometry._shifted, photometry._convolved])  # of a CPU and of a GPU
 @pytest.mark.parametrize("taps", [3, 9, 23])
-def test_blur_agrees_with_torchvision(pictures, taps):
+def test_blur_agrees_with_torchvision(pictures, taps, way, monkeypatch):
+    monkeypatch.setattr(photometry, "_shifted", way)
     sigma = torch.linspace(0.1, 2, len(pictures))
     theirs = one_by_one(lambda x, s: TF.gaussian_blur(x, [taps, taps], [s, s]), pictures, sigma)
     assert (gaussian_blur(pictures, sigma, taps) - theirs).abs().max() < 1e-4  # it leaves out what weighs less
+    alone = [gaussian_blur(x, s, taps) for x, s in zip(pictures.split(1), sigma.split(1), strict=True)]
+    assert (torch.cat(alone) - theirs).abs().max() < 1e-4
 
 
 def test_solarize_greyscale_and_normalize_agree_with_torchvision(pictures):
@@ -56,14 +63,15 @@ def test_solarize_greyscale_and_normalize_agree_with_torchvision(pictures):
 
 def test_jitter_applies_its_four_ops_in_each_images_own_order(pictures):
     jitter = V.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.7)
-    on, factors, order = jitter.sample(Draws(torch.arange(len(pictures))))
+    factors, order = jitter.sample(Draws(torch.arange(len(pictures))))
+    on = order[:, 0] >= 0
     theirs = pictures.clone()
     ops = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     for i in range(len(pictures)):
         for which in order[i].tolist() if on[i] else ():
             theirs[i] = ops[which](theirs[i], float(factors[i, which]))
     assert len({tuple(o) for o in order.tolist()}) > 3 and 0 < on.sum() < len(on)
-    assert (jitter.apply(pictures.clone(), on, factors, order) - theirs).abs().max() < TOLERANCE
+    assert (jitter.apply(pictures.clone(), factors, order) - theirs).abs().max() < TOLERANCE
 
 
 def test_colours_may_change_in_any_order_and_the_pixels_given_stay(pictures):
@@ -92,8 +100,8 @@ def test_the_views_of_every_published_row_are_made(name):
 
 
 def test_parameters_are_drawn_per_image_within_their_ranges():
-    on, factors, _ = V.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8).sample(Draws(torch.arange(20_000)))
-    assert abs(on.float().mean() - 0.8) < 0.01
+    factors, order = V.ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8).sample(Draws(torch.arange(20_000)))
+    assert abs((order >= 0).all(1).float().mean() - 0.8) < 0.01 and abs((order < 0).all(1).float().mean() - 0.2) < 0.01
     for column, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
         f = factors[:, column]
         assert f.min() >= low - 1e-6 and f.max() <= high + 1e-6
@@ -203,13 +211,40 @@ def test_geometry_after_photometry_is_refused():
         V.Resize(10, "cubic")(Image.new("RGB", (20, 20)))
 
 
+def test_views_can_be_differentiated_through_though_torch_recorded_nothing_while_they_were_made(pictures):
+    normal = V.Normalize((0.3, 0.2, 0.1), (0.7, 0.8, 0.9))  # numbers that are nowhere else kept
+    (made,) = V.Views(V.View(V.Greyscale(0.5), normal)).photometric([(pictures * 255).byte()], torch.arange(11))
+    weights = torch.ones(3, 1, 1, requires_grad=True)
+    normal.undo(made * weights).sum().backward()
+    assert weights.grad.abs().min() > 0
+
+
+def test_no_device_is_asked_for_a_value():
+    """It would make the CPU wait for a GPU. A meta tensor has none to give."""
+    views = V.Views(V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Greyscale(0.2), V.Blur(0.5), V.Solarize(0.2),
+                           V.Normalize()))
+    for batch in 1, 16:
+        x = torch.zeros(batch, 3, 96, 96, dtype=torch.uint8, device="meta")
+        assert views.photometric([x], torch.arange(batch) + 7)[0].shape == x.shape
+
+
+def test_draws_of_a_view_may_go_together_as_on_a_gpu(pictures):
+    view = V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Greyscale(0.2), V.Blur(0.5), V.Normalize(), count=2)
+    x, seeds = (pictures * 255).byte(), torch.arange(len(pictures))
+    first, second = V.Views(view).photometric([x, x.flip(0)], seeds)
+    assert torch.equal(view.photometric(torch.cat([x, x.flip(0)]), Draws(seeds, 0), Draws(seeds, 1)),
+                       torch.cat([first, second]))
+
+
 @pytest.mark.gpu
 def test_the_device_does_not_change_the_views(pictures):
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    views = V.Views(V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Blur(0.5), V.Normalize()))
+    ops = V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Greyscale(0.2), V.Blur(0.5), V.Normalize()
+    views = V.Views(V.View(*ops, count=2), V.View(*ops[:3]), V.View(*ops, count=3), V.View(ops[0], aligned=True))
     x, seeds = (pictures * 255).byte(), torch.arange(len(pictures))
-    assert torch.allclose(views.photometric([x], seeds)[0], views.photometric([x.cuda()], seeds)[0].cpu(), atol=1e-4)
+    for here, there in zip(views.photometric([x] * 7, seeds), views.photometric([x.cuda()] * 7, seeds), strict=True):
+        assert torch.allclose(here, there.cpu(), atol=1e-4)
 
 
 def test_an_aligned_view_is_the_same_crop_at_another_size():
