@@ -35,20 +35,22 @@ class Timing:
     high: float
 
 
-def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int = 5) -> dict[str, Timing]:
+def in_turns(cases: Mapping[str, Callable[[], object]], rounds: int = 5, row: int = 1) -> dict[str, Timing]:
     """Time each case once per round, one after the other, so that a busy moment of the machine hits all alike.
 
-    A first round does not count: it fills caches and finds algorithms.
+    A first round does not count: it fills caches and finds algorithms. `row` calls are timed together, as a trainer
+    makes its steps: a GPU is then still busy with one while Python prepares the next.
     """
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for n in range(rounds + 1):
         for name, call in cases.items():
             wait()
             start = time.perf_counter()
-            call()
+            for _ in range(row):
+                call()
             wait()
             if n:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append((time.perf_counter() - start) / row)
     return {name: Timing(statistics.median(t), min(t), max(t)) for name, t in taken.items()}
 
 

@@ -24,6 +24,9 @@ def test_cases_take_turns_and_the_first_round_does_not_count(monkeypatch):
     found = bench.in_turns({name: lambda name=name: call(name) for name in "ab"}, 3)
     assert order == ["a", "b"] * 4
     assert found == {"a": bench.Timing(2, 1, 3), "b": bench.Timing(20, 10, 30)}
+    order.clear()
+    lengths["a"] = iter([100, 100, 3, 5])
+    assert bench.in_turns({"a": lambda: call("a")}, 1, row=2) == {"a": bench.Timing(4, 4, 4)} and len(order) == 4
 
 
 def test_rates_are_those_of_a_machine():
