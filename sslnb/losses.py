@@ -38,8 +38,7 @@ def look_up(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Tens
     q, k: (n, d), negatives: (K, d), unit vectors -> logits (n, 1 + K), the right key first. InfoNCE is the
     cross-entropy of these logits for class 0.
     """
-    q = q / temperature  # here and not at the end: the logits are hundreds of times as many
-    return torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1)
+    return torch.cat([(q * k).sum(1, keepdim=True), q @ negatives.T], 1) / temperature
 
 
 @full_precision
