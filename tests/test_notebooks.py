@@ -182,10 +182,10 @@ def execute(path, folder, **values):
 
 
 def short(path):
-    """One epoch of everything, or a few steps."""
+    """One epoch of everything, or a few steps; one round of what is timed."""
     names = declared(parameters_cell(path).source)
-    return {name: 1 if name.endswith("epochs") else 10 for name in names
-            if re.fullmatch(r"(\w+_)?(epochs|steps)", name)}
+    return {name: 10 if name.endswith("steps") else 1 for name in names
+            if re.fullmatch(r"(\w+_)?(epochs|steps|rounds)", name)}
 
 
 def outputs(book):
