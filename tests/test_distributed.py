@@ -176,7 +176,8 @@ def test_two_processes_train_the_run_of_one(recipe, tmp_path, capfd):
 
 def start(out, epochs=4, processes=2):
     """pretrain in a process of its own, small batches, a checkpoint about every 100 steps."""
-    script = ("from sslnb import pretrain, methods\n"
+    script = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below `pytest &`\n"
+              "from sslnb import pretrain, methods\n"
               f"r = methods.recipes('simclr')['demo'].with_(epochs={epochs}, batch=32)\n"
               f"pretrain(r, out={str(out)!r}, processes={processes})")
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -196,14 +197,14 @@ def worker_pids(out):
 
 def test_stopping_the_caller_saves_and_the_same_command_continues(tmp_path):
     out = tmp_path / "run"
-    child = start(out, epochs=12)  # longer than it takes to stop it
+    child = start(out, epochs=6)  # longer than it takes to stop it
     wait_for(lambda: out.exists() and len(Run(out).history()) > 3)
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=60)
     assert child.returncode != 0 and Run(out).status()["state"] == "interrupted"
     stopped = Run(out).latest()["step"]
     assert 0 < stopped < Run(out).status()["total"]
-    again = start(out, epochs=12)
+    again = start(out, epochs=6)
     assert f"at step {stopped} of" in again.communicate(timeout=200)[0] and Run(out).status()["state"] == "done"
 
 
