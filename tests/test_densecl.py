@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sslnb import backbones, methods, optim
+from sslnb import backbones, losses, methods, optim
 from sslnb.backbones import cells
 from sslnb.methods.densecl import RECIPES, DenseCL
 from sslnb.parts import normalized
@@ -75,6 +75,20 @@ def dot(a, b):
 
 def unit(a):
     return [x / math.sqrt(dot(a, a)) for x in a]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 3 * 41, 10**6], ids=["one query", "three queries", "all"])
+def test_queries_compared_few_at_a_time_have_the_loss_and_the_gradient_of_all(at_a_time, monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS", (at_a_time, at_a_time))
+    q, k, negatives = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (10, 10, 41))
+    weights = torch.randn(8, 8, requires_grad=True)
+    found = []
+    for loss in (lambda x: losses.info_nce_of_many(x, k, negatives, 0.2),
+                 lambda x: losses.info_nce(losses.look_up(x, k, negatives, 0.2))):
+        value = loss(q @ weights)
+        found.append((value, *torch.autograd.grad(3 * value, weights)))
+    for ours, whole in zip(*found, strict=True):
+        assert torch.allclose(ours, whole, rtol=1e-5, atol=1e-6)
 
 
 def info_nce(query, key, negatives, temperature):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..backbones import cells
 from ..batchnorm import average_statistics, split_batchnorm
-from ..losses import info_nce, look_up
+from ..losses import info_nce, info_nce_of_many, look_up
 from ..optim import trainable
 from ..parts import (
     Queue,
@@ -69,7 +69,7 @@ class DenseCL(Method):
         k, t, t_mean, f_key = self.keys(views[1])
         t = t.take_along_dim(self.match(f, f_key)[:, :, None], 1)  # n x S² x d: the right key of every cell
         single = info_nce(look_up(q, k, self.queue(), self.temperature))
-        dense = info_nce(look_up(r.flatten(0, 1), t.flatten(0, 1), self.dense_queue(), self.temperature))
+        dense = info_nce_of_many(r.flatten(0, 1), t.flatten(0, 1), self.dense_queue(), self.temperature)
         if self.training:
             self.queue.enqueue(k), self.dense_queue.enqueue(t_mean)  # after the look-up: no key is its own negative
             average_statistics(self)
