@@ -102,14 +102,17 @@ def startup(recipe: Recipe, folder: str | Path) -> dict[str, float]:
         subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
         return time.perf_counter() - start
 
+    def imported(code: str) -> float:
+        timed = f"import time; start = time.perf_counter(); {code}; print(time.perf_counter() - start)"
+        return float(subprocess.run([sys.executable, "-c", timed], check=True, stdout=subprocess.PIPE).stdout)
+
     def run(recipe: Recipe, out: str) -> str:
         values = json.dumps(recipe.to_json())
         return ("import json; from sslnb import pretrain; from sslnb.recipes import Recipe; "
                 f"pretrain(Recipe.from_json(json.loads({values!r})), out={str(Path(folder) / out)!r})")
 
-    python = script("pass")
-    taken = {"import sslnb": script("import sslnb") - python,
-             "from sslnb import pretrain, with torch": script("from sslnb import pretrain") - python,
+    taken = {"import sslnb": imported("import sslnb"),
+             "from sslnb import pretrain, with torch": imported("from sslnb import pretrain"),
              "a run of one step, from its command to its end": script(run(recipe.with_(steps=1), "one step"))}
     script(run(recipe, "script"))
     pretrain(recipe, out=Path(folder) / "kernel")
