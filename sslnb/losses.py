@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .parts import full_precision, gather, in_groups, normalized, sum_over_processes, world
 
-LOGITS = 2**21, 2**26  # at a time on a CPU, whose cache holds 8 MB, and on a GPU, which is slow with small things
+LOGITS_ON_CPU = 2**21  # at a time: 8 MB, which its cache holds
+LOGITS_ON_GPU = 2**26  # 0.3 GB: it is slow with small things
 
 
 @full_precision
@@ -66,7 +67,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, negatives, temperature):
-        some = max(1, LOGITS[q.device.type == "cuda"] // len(negatives))
+        some = max(1, (LOGITS_ON_GPU if q.is_cuda else LOGITS_ON_CPU) // len(negatives))
         loss, grad = [], []
         for qs, ks in zip(q.split(some), k.split(some), strict=True):
             log_p = look_up(qs, ks, negatives, temperature).log_softmax(1)

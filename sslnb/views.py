@@ -238,7 +238,7 @@ class Views:
         On a GPU the draws of a view go together: it takes few large operations sooner than many small ones.
         """
         draws, stream = [], 0
-        for v, view in enumerate(self.views):
+        for v, (view, _) in enumerate(zip(self.views, crops, strict=True)):
             stream = stream if view.aligned else v
             draws.append(Draws(seeds, stream))
         batches: list[Tensor] = []

@@ -1,6 +1,6 @@
 """What only a GPU shows: published recipes in their own precision, fp16's scaler, NCCL, compiling, waits for the card.
 
-`pytest -n 0 -m gpu` where there is one. The other tests run there too, on the GPU.
+`pytest -n 0 -m gpu` where there is one.
 """
 
 import subprocess

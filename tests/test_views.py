@@ -236,6 +236,13 @@ def test_draws_of_a_view_may_go_together_as_on_a_gpu(pictures):
                        torch.cat([first, second]))
 
 
+def test_one_batch_of_crops_for_each_view(pictures):
+    views, x = V.Views(V.View(V.Normalize(), count=2)), (pictures * 255).byte()
+    for crops in ([x], [x] * 3):
+        with pytest.raises(ValueError, match="zip"):
+            views.photometric(crops, torch.arange(len(x)))
+
+
 @pytest.mark.gpu
 def test_the_device_does_not_change_the_views(pictures):
     if not torch.cuda.is_available():
