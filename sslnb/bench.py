@@ -19,11 +19,28 @@ import torch
 from PIL import Image
 
 from .data import load
+from .errors import InputError, unknown
 from .evaluate.features import the_device
 from .launch import DTYPES
 from .reading import EpochSampler, ViewSet
 from .recipes import Recipe
 from .views import Views
+
+
+def choose_device(device: str) -> str:
+    """Where all that follows is measured, in this process and in those it starts: "auto", "cpu" or "cuda" -> which.
+
+    A GPU is hidden rather than left out, so it must be chosen before anything has used the GPU. Errors: InputError.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        unknown("device", device, ("auto", "cpu", "cuda"))
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    found = the_device("auto")
+    if device not in ("auto", found):
+        remedy = "restart the kernel and choose the device first" if found == "cuda" else "use 'auto' or 'cpu'"
+        raise InputError(f"device {device!r} cannot be had here, only {found!r}; {remedy}.")
+    return found
 
 
 @dataclass(frozen=True)

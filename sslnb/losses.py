@@ -6,8 +6,8 @@ from torch import Tensor
 
 from .parts import full_precision, gather, in_groups, normalized, sum_over_processes, world
 
-LOGITS_ON_CPU = 2**21  # at a time: 8 MB, which its cache holds
-LOGITS_ON_GPU = 2**26  # 0.3 GB: it is slow with small things
+# Queries and negatives at a time. A CPU's cache holds 2 MB of logits; a GPU is slow with small things and gets 0.3 GB.
+ON_CPU, ON_GPU = (512, 1024), (4096, 16384)
 
 
 @full_precision
@@ -54,10 +54,8 @@ def info_nce(logits: Tensor) -> Tensor:
 def info_nce_of_many(q: Tensor, k: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     """`info_nce(look_up(...))` of queries by the thousand; keys and negatives get no gradient.
 
-    DenseCL's cells of 64 images have 0.8 GB of logits, over which softmax and its gradient pass again and again. Of a
-    few queries at a time the logits stay where they were made, and only the gradient is kept:
-
-        ∂/∂q = (Σⱼ pⱼ vⱼ − k) / τ,   j over the key and all negatives v
+    DenseCL's cells of 64 images have 0.8 GB of logits, over which softmax and its gradient pass again and again. With
+    some of them at a time the logits stay where they were made, and only the gradient is kept.
     """
     return _InfoNCE.apply(q, k, negatives, temperature).mean()
 
@@ -67,19 +65,49 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, negatives, temperature):
-        some = max(1, (LOGITS_ON_GPU if q.is_cuda else LOGITS_ON_CPU) // len(negatives))
-        loss, grad = [], []
+        some, few = ON_GPU if q.is_cuda else ON_CPU
+        found = []
         for qs, ks in zip(q.split(some), k.split(some), strict=True):
-            log_p = look_up(qs, ks, negatives, temperature).log_softmax(1)
-            loss.append(-log_p[:, 0])
-            p = log_p.exp_()
-            grad.append(((p[:, :1] - 1) * ks + p[:, 1:] @ negatives) / temperature)
-        ctx.save_for_backward(torch.cat(grad))
-        return torch.cat(loss)
+            among = SoftmaxInParts(qs, temperature)
+            among.add(ks[:, None])
+            for part in negatives.split(few):
+                among.add(part)
+            found.append(among.loss(ks))
+        loss, gradient = map(torch.cat, zip(*found, strict=True))
+        ctx.save_for_backward(gradient)
+        return loss
 
     @staticmethod
     def backward(ctx, grad):
         return grad[:, None] * ctx.saved_tensors[0], None, None, None
+
+
+class SoftmaxInParts:
+    """Softmax of queries q (n, d) over more vectors v than there is room for: they come in parts, and none is kept.
+
+        p(j|q) = exp(q·vⱼ / τ − h) / Z,   Z = Σⱼ exp(q·vⱼ / τ − h)
+
+    h is the highest logit so far. Where a part has a higher one, all sums are multiplied by exp(old h − new h).
+    """
+
+    def __init__(self, q: Tensor, temperature: float):
+        self.q, self.temperature = q / temperature, temperature
+        self.highest = q.new_full((len(q), 1), -torch.inf)
+        self.total = self.weighted = 0.0  # Z (n, 1) and Σⱼ exp(q·vⱼ / τ − h) vⱼ (n, d)
+
+    def add(self, v: Tensor) -> None:
+        """v: (k, d), or (n, k, d) where every query has others."""
+        logits = (self.q[:, None] @ v.mT)[:, 0]  # n x k
+        highest = torch.maximum(self.highest, logits.amax(1, keepdim=True))
+        p, correction = logits.sub_(highest).exp_(), (self.highest - highest).exp()
+        self.total = self.total * correction + p.sum(1, keepdim=True)
+        self.weighted = self.weighted * correction + (p[:, None] @ v)[:, 0]
+        self.highest = highest
+
+    def loss(self, right: Tensor) -> tuple[Tensor, Tensor]:
+        """−log p of `right` (n, d), which was added too, (n,), and its gradient (Σⱼ p(j|q) vⱼ − right) / τ, (n, d)."""
+        log_total = (self.highest + self.total.log())[:, 0]
+        return log_total - (self.q * right).sum(1), (self.weighted / self.total - right) / self.temperature
 
 
 @full_precision

@@ -25,27 +25,27 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """All tensors of a group in a handful of operations: one by one their launching would hold up a GPU."""
+        """All tensors of a group in a handful of operations: one by one their launching would hold up a GPU.
+
+        The gradients themselves become ρ g on the way: a copy of them would be as large as all weights.
+        """
         for group in self.param_groups:
             trained = [w for w in group["params"] if w.grad is not None]
             adapted = [w for w in trained if w.ndim > 1 or group.get("adapt_vectors")]
-            plain = [w for w in trained if w.ndim <= 1 and not group.get("adapt_vectors")]
-            gradients = [w.grad for w in plain]
             if adapted:
-                g = torch._foreach_add([w.grad for w in adapted], adapted, alpha=group["weight_decay"])
+                g = [w.grad for w in adapted]
+                torch._foreach_add_(g, adapted, alpha=group["weight_decay"])
                 norm_w, norm_g = torch.stack(torch._foreach_norm(adapted)), torch.stack(torch._foreach_norm(g))
                 rho = torch.where((norm_w > 0) & (norm_g > 0), group["trust"] * norm_w / norm_g, 1.0)
                 torch._foreach_mul_(g, list(rho.unbind()))
-                gradients += g
             if trained:
-                weights = [*plain, *adapted]
-                for w in weights:
+                for w in trained:
                     if w not in self.state:
                         self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-                v = [self.state[w]["momentum_buffer"] for w in weights]
+                v = [self.state[w]["momentum_buffer"] for w in trained]
                 torch._foreach_mul_(v, group["sgd_momentum"])
-                torch._foreach_add_(v, gradients)
-                torch._foreach_add_(weights, v, alpha=-group["lr"])
+                torch._foreach_add_(v, [w.grad for w in trained])
+                torch._foreach_add_(trained, v, alpha=-group["lr"])
 
 
 OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")

@@ -1,5 +1,6 @@
 """The clocks of the throughput notebook."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from sslnb import backbones, bench
 from sslnb.bench_lightly import lightly_step
 from sslnb.bench_steps import bare_step, passes, random_views, startup, training_step
+from sslnb.errors import InputError
 
 
 def test_cases_take_turns_and_the_first_round_does_not_count(monkeypatch):
@@ -27,6 +29,21 @@ def test_cases_take_turns_and_the_first_round_does_not_count(monkeypatch):
     order.clear()
     lengths["a"] = iter([100, 100, 3, 5])
     assert bench.in_turns({"a": lambda: call("a")}, 1, row=2) == {"a": bench.Timing(4, 4, 4)} and len(order) == 4
+
+
+def test_a_device_is_chosen_for_all_that_follows(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] == "0")
+    assert [bench.choose_device(device) for device in ("auto", "cuda")] == ["cuda", "cuda"]
+    assert bench.choose_device("cpu") == "cpu" and os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert bench.choose_device("auto") == "cpu"
+    with pytest.raises(InputError, match="'cuda' cannot be had here, only 'cpu'; use 'auto' or 'cpu'"):
+        bench.choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # a GPU that is in use stays visible
+    with pytest.raises(InputError, match="'cpu' cannot be had here, only 'cuda'; restart the kernel"):
+        bench.choose_device("cpu")
+    with pytest.raises(InputError, match="Unknown device 'gpu': .*cpu"):
+        bench.choose_device("gpu")
 
 
 def test_rates_are_those_of_a_machine():

@@ -99,8 +99,8 @@ def test_a_copy_has_weights_of_its_own():
 @pytest.mark.parametrize("name", ["simclr", "mocov3"])
 def test_ten_steps_in_half_precision(name, half):
     method, views = built(name, "resnet_mini")
-    in_chunks(method, CHUNK)
-    ten_steps(method, views, half)
+    in_chunks(method, 4)
+    ten_steps(method, [x[:8] for x in views], half)  # few: CPUs are slow in float16
 
 
 def test_memory_is_that_of_a_chunk():
@@ -111,12 +111,12 @@ from sslnb.chunks import in_chunks
 method = methods.recipes("byol")["demo"].with_(backbone="resnet_mini", size=64).build().train()
 if {chunk}:
     in_chunks(method, {chunk})
-views = [torch.randn(512, 3, 64, 64) for _ in range(2)]
+views = [torch.randn(256, 3, 64, 64) for _ in range(2)]
 before = peak()
 method(views)["loss"].backward()
 print(peak() - before)
 """
-    (whole,), (ours,) = (measured(code.format(chunk=chunk)) for chunk in (0, 32))
+    (whole,), (ours,) = (measured(code.format(chunk=chunk)) for chunk in (0, 16))
     assert ours < 0.4 * whole, f"{ours:.2f} GB in chunks, {whole:.2f} GB whole"
 
 

@@ -36,18 +36,22 @@ def cache(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- time against the number of images
 
 
-def exponent(make, small: int, large: int, rounds: int = 5) -> float:
-    """By which power of n does the time of make(n)() grow? 0: not at all, 1: in proportion, 2: with the square.
-
-    Time of the processor, which others on the machine do not lengthen; the least of some rounds in turns.
-    """
-    calls, least = {n: make(n) for n in (small, large)}, {small: math.inf, large: math.inf}
+def least_times(make, sizes, rounds: int = 5) -> dict[int, float]:
+    """Seconds of make(n)() for each n: of the processor, which others on the machine do not lengthen; the least of some
+    rounds in turns."""
+    calls, least = {n: make(n) for n in sizes}, dict.fromkeys(sizes, math.inf)
     for _ in range(rounds):
         for n, call in calls.items():
             start = time.process_time()
             call()
             least[n] = min(least[n], time.process_time() - start)
-    return math.log(least[large] / least[small]) / math.log(large / small)
+    return least
+
+
+def power(least: dict[int, float]) -> float:
+    """By which power of n does the time grow? 0: not at all, 1: in proportion, 2: with the square."""
+    (small, fast), (large, slow) = least.items()
+    return math.log(slow / fast) / math.log(large / small)
 
 
 def often(call, times: int = 100):
@@ -181,12 +185,15 @@ LINEAR = [odc_upkeep, odc_repair, k_means, whiten, evenly, collapsed, resume, ep
 
 @pytest.mark.parametrize("make", CONSTANT)
 def test_a_step_takes_no_longer_with_four_hundred_times_the_images(make):
-    assert exponent(make, 5_000, 2_000_000) < 0.3  # measured: 0 to 0.15, for a large memory is not in the cache
+    assert power(least_times(make, (5_000, 2_000_000))) < 0.3  # measured: 0 to 0.15: a large memory is not in the cache
 
 
-def check_linear(make, small, large, rounds=5, most=1.3):  # measured: 0.6 to 1.0, and to 1.1 for a million
-    found = exponent(make, small, large, rounds)
-    assert found < most, f"time grows with the power {found:.2f} of the number of images"
+def check_linear(make, small, large, rounds=5, most=1.3, name=""):  # measured: 0.6 to 1.0, and to 1.1 for a million
+    least = least_times(make, (small, large), rounds)
+    if name:
+        times = " | ".join(f"{1000 * seconds:,.3g} ms" for seconds in least.values())
+        print(f"DEMO | {name.replace('_', ' ')} | {times} | {power(least):.2f} |")
+    assert power(least) < most, f"time grows with the power {power(least):.2f} of the number of images"
 
 
 @pytest.mark.parametrize("make", LINEAR)
@@ -204,14 +211,14 @@ def test_neighbours_and_lists_are_linear(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", LINEAR)
 def test_time_is_linear_up_to_a_million(make):
-    check_linear(make, 50_000, 1_000_000, 3, 1.5)
+    check_linear(make, 50_000, 1_000_000, 3, 1.5, make.__name__)
 
 
 @pytest.mark.slow
 def test_neighbours_and_lists_are_linear_up_to_a_million(tmp_path):
-    check_linear(lambda n: neighbours(n, 20), 50_000, 1_000_000, 3, 1.5)
+    check_linear(lambda n: neighbours(n, 20), 50_000, 1_000_000, 3, 1.5, "neighbours of 20 images")
     for make in (named, classes):
-        check_linear(lambda n, make=make: make(n, tmp_path), 50_000, 1_000_000, 3, 1.5)
+        check_linear(lambda n, make=make: make(n, tmp_path), 50_000, 1_000_000, 3, 1.5, make.__name__)
 
 
 def test_parts_are_drawn_as_class_by_class():

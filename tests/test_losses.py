@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sslnb import methods
-from sslnb.losses import nt_xent, regression
+from sslnb.losses import SoftmaxInParts, nt_xent, regression
 from sslnb.masking import patchify
 
 
@@ -34,6 +34,27 @@ def test_nt_xent_at_known_points():
     assert nt_xent(z, z.roll(1, 0), 0.1).item() > 9  # every partner is wrong
     a, b = torch.randn(5, 3), torch.randn(5, 3)
     assert nt_xent(a, b, 0.2).item() == pytest.approx(nt_xent(b, a, 0.2).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(9,), (1, 8), (4, 2, 3)])
+@pytest.mark.parametrize("temperature", [0.5, 0.01])
+def test_softmax_in_parts_is_that_of_all(sizes, temperature):
+    """Also where exp() of a logit would be infinite (logits to 500), whichever part has the highest."""
+    q, shared, own = torch.randn(5, 4), torch.randn(9, 4), torch.randn(5, 9, 4)
+    right = own[:, 3]
+    for v, parts in ((shared.expand(5, 9, 4), shared.split(sizes)), (own, own.split(sizes, 1))):
+        among = SoftmaxInParts(q, temperature)
+        for part in parts:
+            among.add(part)
+        loss, gradient = among.loss(right)
+        logits = [[sum(a * b for a, b in zip(x, y)) / temperature for y in ys] for x, ys in zip(q.tolist(), v.tolist())]
+        for i, row in enumerate(logits):
+            high = max(row)
+            weights = [math.exp(s - high) for s in row]
+            said = sum(a * b for a, b in zip(q[i].tolist(), right[i].tolist())) / temperature
+            assert loss[i].item() == pytest.approx(high + math.log(sum(weights)) - said, rel=1e-4, abs=1e-4)
+            mean = (torch.tensor(weights)[:, None] * v[i]).sum(0) / sum(weights)
+            assert torch.allclose(gradient[i], (mean - right[i]) / temperature, rtol=1e-3, atol=1e-3 / temperature)
 
 
 def test_regression_is_two_minus_two_cosines():

@@ -71,9 +71,9 @@ def test_the_loss_is_the_papers_softmax_over_the_image_and_its_negatives():
         assert loss[b].item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 100, 2**26])
-def test_value_and_gradient_are_autograds_whatever_the_chunk(chunk, monkeypatch):
-    monkeypatch.setattr(npid, "CHUNK", chunk)
+@pytest.mark.parametrize("numbers", [1, 15, 100, 2**26])
+def test_value_and_gradient_are_autograds_however_much_is_looked_up_at_a_time(numbers, monkeypatch):
+    monkeypatch.setattr(npid, "NUMBERS_ON_CPU", numbers)
     f = normalized(torch.randn(6, 5)).requires_grad_()
     bank, entries, weight = normalized(torch.randn(12, 5)), torch.randint(12, (6, 8)), torch.rand(6)
     ours = npid.SampledSoftmax.apply(f, bank, entries, 0.07)
@@ -101,19 +101,14 @@ def test_the_gradient_is_that_of_the_bank_before_its_update():
     assert torch.allclose(ours, torch.autograd.grad(plain, method.projector[0].weight)[0], rtol=1e-3, atol=1e-5)
 
 
-def test_the_memory_of_the_negatives_is_bounded(monkeypatch):
-    looked_up = []
-    monkeypatch.setattr(npid, "CHUNK", 4 * 101 * 5)
-
-    class Watched(torch.Tensor):
-        def __getitem__(self, i):
-            if torch.is_tensor(i):
-                looked_up.append(tuple(i.shape))
-            return super().__getitem__(i).as_subclass(torch.Tensor)
-
-    bank = normalized(torch.randn(50, 5)).as_subclass(Watched)
-    npid.SampledSoftmax.apply(torch.randn(10, 5), bank, torch.randint(50, (10, 101)), 0.1)
-    assert looked_up == [(4, 101), (4, 101), (2, 101)]
+@pytest.mark.parametrize("entries, looked_up", [
+    (4 * 101, [(4, 101), (4, 101), (2, 101)]), (60, 10 * [(1, 60), (1, 41)])], ids=["images", "entries of an image"])
+def test_the_memory_of_the_negatives_is_bounded(entries, looked_up, monkeypatch):
+    seen, embedding = [], F.embedding
+    monkeypatch.setattr(npid, "NUMBERS_ON_CPU", entries * 5)
+    monkeypatch.setattr(npid.F, "embedding", lambda rows, bank: seen.append(tuple(rows.shape)) or embedding(rows, bank))
+    npid.SampledSoftmax.apply(torch.randn(10, 5), torch.randn(50, 5), torch.randint(50, (10, 101)), 0.1)
+    assert [shape for shape in seen if len(shape) == 2] == looked_up
 
 
 def test_at_the_start_nothing_is_known():
