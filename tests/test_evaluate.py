@@ -715,27 +715,26 @@ def stripes():
     return draw
 
 
-def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes, monkeypatch):
-    monkeypatch.setattr(few_labels, "STEPS", 60)
+def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes):
     train, test = stripes(75), stripes(60)
     torch.manual_seed(0)
     backbone = backbones.build("resnet_mini", 16)
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
     subject = Subject("mini", backbone, 16)
     torch.manual_seed(5)
-    predictions, labels, more = few_labels.few_labels(subject, train, test, seed=0)
+    predictions, labels, more = few_labels.few_labels(subject, train, test, seed=0, steps=60)
     assert torch.rand(1) == torch.rand(1, generator=torch.Generator().manual_seed(5)), "the caller's random state moved"
     assert labels.tolist() == test.labels.tolist() and more["labels"] == 30 and more["lr"] in few_labels.LRS
     assert (predictions == labels).float().mean() > 0.8
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
-    again, _, _ = few_labels.few_labels(subject, train, test, seed=0)
+    again, _, _ = few_labels.few_labels(subject, train, test, seed=0, steps=60)
     assert torch.equal(again, predictions)
 
 
 def test_the_rate_that_learns_is_the_one_that_is_taken(stripes, monkeypatch):
     monkeypatch.setattr(few_labels, "LRS", (1e-7, 1e-3))
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
-    predictions, labels, more = few_labels.few_labels(subject, stripes(75), stripes(60), seed=0)
+    predictions, labels, more = few_labels.few_labels(subject, stripes(75), stripes(60), seed=0, steps=200)
     assert more["lr"] == 1e-3 and (predictions == labels).float().mean() > 0.8
 
 
@@ -743,7 +742,18 @@ def test_too_few_images_of_a_class_are_named(stripes):
     images = stripes(45)
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
     with pytest.raises(InputError, match="Class 0 of stripes has 15 training images, .* needs 20"):
-        few_labels.few_labels(subject, images, images, seed=0)
+        few_labels.few_labels(subject, images, images, seed=0, steps=200)
+
+
+def test_the_steps_of_tuning_can_be_chosen(stripes, monkeypatch):
+    asked, fit = [], few_labels._fit
+    monkeypatch.setattr(few_labels, "_fit", lambda *args: asked.append(args[-1]) or fit(*args))
+    sets = stripes(75), stripes(60)
+    for row in evaluate("resnet_mini", sets, ["few_labels"], size=16, tune_steps=2):
+        assert row["protocol"] == "fine-tune 10 labels per class"
+    assert set(asked) == {2}
+    with pytest.raises(InputError, match="tune_steps=0 is impossible"):
+        evaluate("resnet_mini", sets, ["few_labels"], size=16, tune_steps=0)
 
 
 def test_raw_pixels_have_nothing_to_tune():

@@ -65,10 +65,10 @@ def _linear(subject: Subject, train, test, seed: int) -> Outcome:
                    {"lr": probe.lr, "at_edge": probe.at_edge, "broken": broken})
 
 
-def _few_labels(subject: Subject, train, test, seed: int) -> Outcome | None:
+def _few_labels(subject: Subject, train, test, seed: int, steps: int = 200) -> Outcome | None:
     if subject.backbone is None:
         return None  # raw pixels have no weights to tune
-    predictions, labels, more = few_labels.few_labels(subject, train, test, seed)
+    predictions, labels, more = few_labels.few_labels(subject, train, test, seed, steps)
     correct = int((predictions == labels).sum())
     return Outcome(f"fine-tune {few_labels.LABELS} labels per class", correct, len(labels), more)
 
@@ -80,11 +80,12 @@ RECIPES = {**LINEAR, **SEMI, **FINETUNE, **MULTIHEAD, **DETECTION}  # of protoco
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,
              backbone: str | None = None, seed: int = 0, out: str | Path | None = None, size: int | None = None,
              device: str | torch.device = "auto", workers: int | str = "auto", processes: int = 1,
-             **settings: Any) -> list[dict]:
+             tune_steps: int = 200, **settings: Any) -> list[dict]:
     """Evaluate a network; one dict per (network, protocol), accuracies and their 95 % intervals in %.
 
-    `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on ten images per class, for which
-    "random initialisation" means training from scratch; or a name in RECIPES, which trains as `pretrain` does.
+    `protocols`: "knn" and "linear" of frozen features, "few_labels" for `tune_steps` of fine-tuning on ten images per
+    class, for which "random initialisation" means training from scratch; or a name in RECIPES, which trains as
+    `pretrain` does.
     `source`: a Run, the path of a run directory, a file of weights of a `backbone`, or a timm name (random weights).
     `data`: a name or folder for `sslnb.data.load`, or a pair (train, test) of loaded images, for protocols that do not
     train; default: what the run was trained on, else "digits_scattered". `baselines` adds "random initialisation"
@@ -98,6 +99,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     for name in protocols:
         if name not in PROTOCOLS and name not in RECIPES:
             unknown("protocol", name, [*PROTOCOLS, *RECIPES])
+    if tune_steps < 1:
+        raise InputError(f"tune_steps={tune_steps} is impossible: use a whole number of at least 1.")
     quick = [name for name in protocols if name in PROTOCOLS]
     if quick and settings:
         raise InputError(f"{', '.join(settings)} can be set for protocols that train, and {quick[0]} does not; "
@@ -118,7 +121,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     for subject in subjects(source, train, size=size, baselines=baselines, seed=seed, device=device, workers=workers,
                             processes=processes, folder=folder):
         for name in quick:
-            outcome = PROTOCOLS[name](subject, train, test, seed)
+            more = {"steps": tune_steps} if name == "few_labels" else {}
+            outcome = PROTOCOLS[name](subject, train, test, seed, **more)
             if outcome is None:
                 continue
             numbers = {**accuracy(outcome.correct, outcome.n), **outcome.more}

@@ -19,10 +19,10 @@ from .pixels import normalise, read
 
 LABELS = 10  # per class
 LRS = (3e-4, 1e-3, 3e-3)
-STEPS, BATCH, WEIGHT_DECAY = 200, 50, 0.05
+BATCH, WEIGHT_DECAY = 50, 0.05
 
 
-def few_labels(subject, train, test, seed: int) -> tuple[Tensor, Tensor, dict]:
+def few_labels(subject, train, test, seed: int, steps: int) -> tuple[Tensor, Tensor, dict]:
     """Fine-tune on LABELS training images per class; the rate is chosen on as many others of TRAIN, never on test.
 
     -> predictions and labels of the test images, both (M,), and {"lr": the chosen rate, "labels": how many there were}.
@@ -40,7 +40,7 @@ def few_labels(subject, train, test, seed: int) -> tuple[Tensor, Tensor, dict]:
         fit.append(rows[:LABELS])
         held.append(rows[LABELS:2 * LABELS])
     (x, y), (x_held, y_held) = (_pixels(subject, train, torch.cat(r).tolist()) for r in (fit, held))
-    tuned = [_fit(subject, x, y, lr, seed) for lr in LRS]
+    tuned = [_fit(subject, x, y, lr, seed, steps) for lr in LRS]
     right = [int((_predict(model, subject, x_held) == y_held).sum()) for model in tuned]
     best = right.index(max(right))
     x_test, y_test = _pixels(subject, test, list(range(len(test))))
@@ -58,17 +58,17 @@ class _Classifier(nn.Module):
         return self.head(features(self.backbone, normalise(x, IMAGENET_MEAN, IMAGENET_STD), self.pool))
 
 
-def _fit(subject, x: Tensor, y: Tensor, lr: float, seed: int) -> nn.Module:
+def _fit(subject, x: Tensor, y: Tensor, lr: float, seed: int, steps: int) -> nn.Module:
     """x: uint8 (N, 3, h, w), y (N,). The random state of the caller stays as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _Classifier(copy.deepcopy(subject.backbone), subject.pool, 1 + int(y.max())).to(subject.device)
         model.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY)
-        rows = torch.cat([torch.randperm(len(y)) for _ in range(math.ceil(STEPS * BATCH / len(y)))])
-        for step, chosen in enumerate(rows[:STEPS * BATCH].split(BATCH)):
-            warm = min(1.0, (step + 1) / (0.1 * STEPS))
-            optimizer.param_groups[0]["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+        rows = torch.cat([torch.randperm(len(y)) for _ in range(math.ceil(steps * BATCH / len(y)))])
+        for step, chosen in enumerate(rows[:steps * BATCH].split(BATCH)):
+            warm = min(1.0, (step + 1) / (0.1 * steps))
+            optimizer.param_groups[0]["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = F.cross_entropy(model(x[chosen].to(subject.device)), y[chosen].to(subject.device))
             optimizer.zero_grad()
             loss.backward()
