@@ -757,7 +757,7 @@ def test_the_steps_of_tuning_can_be_chosen(stripes, monkeypatch):
 
 
 def test_raw_pixels_have_nothing_to_tune():
-    assert PROTOCOLS["few_labels"](Subject("raw pixels", None, 16), None, None, 0) is None
+    assert PROTOCOLS["few_labels"](Subject("raw pixels", None, 16), None, None, 0, steps=1) is None
 
 
 # ---- several processes ----

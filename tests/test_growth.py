@@ -84,11 +84,13 @@ def odc_remember(n):
 
 
 def odc_upkeep(n):
+    """ODC's clusters after a step, ten steps"""
     odc = demo("odc", n, dim=16)
     return often(lambda: odc.after_step(0.5), 10)
 
 
 def odc_repair(n):
+    """ODC splits clusters for three empty ones"""
     odc = demo("odc", n, dim=8)
     lost = torch.where(odc.labels < 3, 24, odc.labels)  # three of 25 clusters are empty
 
@@ -100,22 +102,25 @@ def odc_repair(n):
 
 
 def k_means(n):
+    """k-means, 20 clusters, 3 rounds"""
     x = torch.randn(n, 8)
     return lambda: clustering.kmeans(x, 20, iterations=3)
 
 
 def whiten(n):
+    """PCA and whitening before it"""
     x = torch.randn(n, 32)
     return lambda: clustering.whiten(x, 8)
 
 
 def evenly(n):
+    """DeepCluster's order, all clusters equally often"""
     labels = torch.randint(n // 20, (n,))
     return lambda: clustering.evenly(labels, 0)
 
 
 def collapsed(n):
-    """All images in one of many clusters."""
+    """k-means after all images fell into one cluster"""
     centroids, counts = torch.randn(n // 50, 8), torch.zeros(n // 50, dtype=torch.int64)
     counts[0] = 10**9
     return lambda: clustering._fill_empty(centroids, counts)
@@ -128,7 +133,7 @@ def neighbours(bank, tests):
 
 
 def resume(n):
-    """Into the middle of an epoch, up to its next batch."""
+    """a run goes on in the middle of an epoch"""
     sampler = EpochSampler(n, 64)
 
     def seek():
@@ -147,32 +152,38 @@ def resume_with_order(n):
 
 
 def epoch(n):
+    """the numbers of all batches of an epoch"""
     sampler = EpochSampler(n, 64)
     return lambda: sum(len(batch) for batch in sampler)
 
 
 def monitor(n):
+    """the monitor chooses its images"""
     many, recipe = images(n), methods.recipes("simclr")["demo"]
     return lambda: Monitor(None, many, None, recipe)
 
 
 def fraction(n):
+    """a tenth of every class is drawn"""
     many = images(n)
     return lambda: many.subset(data._draw(many, 0.1, 0))
 
 
 def parted(n):
+    """a tenth of every class is held out"""
     many = images(n)
     return lambda: data.parted(many, 0.1)
 
 
 def named(n, tmp_path):
+    """the images that a list of a tenth of them names"""
     many, file = images(n), tmp_path / f"{n}.txt"
     file.write_text("\n".join(f"{i:07d}.jpg" for i in range(0, n, 10)))
     return lambda: data._named_in(many, file)
 
 
 def classes(n, tmp_path):
+    """the images of every second class"""
     many, file = images(n, 10), tmp_path / f"{n}.txt"
     many.classes = [str(i) for i in range(n // 10)]
     file.write_text("\n".join(many.classes[::2]))
@@ -191,8 +202,8 @@ def test_a_step_takes_no_longer_with_four_hundred_times_the_images(make):
 def check_linear(make, small, large, rounds=5, most=1.3, name=""):  # measured: 0.6 to 1.0, and to 1.1 for a million
     least = least_times(make, (small, large), rounds)
     if name:
-        times = " | ".join(f"{1000 * seconds:,.3g} ms" for seconds in least.values())
-        print(f"DEMO | {name.replace('_', ' ')} | {times} | {power(least):.2f} |")
+        times = " | ".join(f"{1000 * seconds:.3g} ms" for seconds in least.values())
+        print(f"DEMO | {name} | {times} | {power(least):.2f} |")
     assert power(least) < most, f"time grows with the power {power(least):.2f} of the number of images"
 
 
@@ -211,14 +222,14 @@ def test_neighbours_and_lists_are_linear(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("make", LINEAR)
 def test_time_is_linear_up_to_a_million(make):
-    check_linear(make, 50_000, 1_000_000, 3, 1.5, make.__name__)
+    check_linear(make, 50_000, 1_000_000, 3, 1.5, make.__doc__)
 
 
 @pytest.mark.slow
 def test_neighbours_and_lists_are_linear_up_to_a_million(tmp_path):
-    check_linear(lambda n: neighbours(n, 20), 50_000, 1_000_000, 3, 1.5, "neighbours of 20 images")
+    check_linear(lambda n: neighbours(n, 20), 50_000, 1_000_000, 3, 1.5, "the nearest neighbours of 20 images, for kNN")
     for make in (named, classes):
-        check_linear(lambda n, make=make: make(n, tmp_path), 50_000, 1_000_000, 3, 1.5, make.__name__)
+        check_linear(lambda n, make=make: make(n, tmp_path), 50_000, 1_000_000, 3, 1.5, make.__doc__)
 
 
 def test_parts_are_drawn_as_class_by_class():

@@ -65,7 +65,7 @@ def _linear(subject: Subject, train, test, seed: int) -> Outcome:
                    {"lr": probe.lr, "at_edge": probe.at_edge, "broken": broken})
 
 
-def _few_labels(subject: Subject, train, test, seed: int, steps: int = 200) -> Outcome | None:
+def _few_labels(subject: Subject, train, test, seed: int, steps: int) -> Outcome | None:
     if subject.backbone is None:
         return None  # raw pixels have no weights to tune
     predictions, labels, more = few_labels.few_labels(subject, train, test, seed, steps)
