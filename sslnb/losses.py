@@ -57,29 +57,15 @@ def info_nce_of_many(q: Tensor, k: Tensor, negatives: Tensor, temperature: float
     DenseCL's cells of 64 images have 0.8 GB of logits, over which softmax and its gradient pass again and again. With
     some of them at a time the logits stay where they were made, and only the gradient is kept.
     """
-    return _InfoNCE.apply(q, k, negatives, temperature).mean()
-
-
-class _InfoNCE(torch.autograd.Function):
-    """-> −log p of the right key, (n,)."""
-
-    @staticmethod
-    def forward(ctx, q, k, negatives, temperature):
-        some, few = ON_GPU if q.is_cuda else ON_CPU
-        found = []
-        for qs, ks in zip(q.split(some), k.split(some), strict=True):
-            among = SoftmaxInParts(qs, temperature)
-            among.add(ks[:, None])
-            for part in negatives.split(few):
-                among.add(part)
-            found.append(among.loss(ks))
-        loss, gradient = map(torch.cat, zip(*found, strict=True))
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad[:, None] * ctx.saved_tensors[0], None, None, None
+    some, few = ON_GPU if q.is_cuda else ON_CPU
+    losses = []
+    for qs, ks in zip(q.split(some), k.split(some), strict=True):
+        among = SoftmaxInParts(qs, temperature)
+        among.add(ks[:, None])
+        for part in negatives.split(few):
+            among.add(part)
+        losses.append(among.loss(ks))
+    return torch.cat(losses).mean()
 
 
 class SoftmaxInParts:
@@ -87,27 +73,45 @@ class SoftmaxInParts:
 
         p(j|q) = exp(q·vⱼ / τ − h) / Z,   Z = Σⱼ exp(q·vⱼ / τ − h)
 
-    h is the highest logit so far. Where a part has a higher one, all sums are multiplied by exp(old h − new h).
+    h is the highest logit so far. Where a part has a higher one, all sums are multiplied by exp(old h − new h). The
+    gradient ∂(−log p) / ∂q = (Σⱼ p(j|q) vⱼ − v) / τ is summed up on the way: later v is gone, or has changed.
     """
 
+    @torch.no_grad()
     def __init__(self, q: Tensor, temperature: float):
-        self.q, self.temperature = q / temperature, temperature
+        self.q, self.temperature, self.scaled = q, temperature, q / temperature
         self.highest = q.new_full((len(q), 1), -torch.inf)
         self.total = self.weighted = 0.0  # Z (n, 1) and Σⱼ exp(q·vⱼ / τ − h) vⱼ (n, d)
 
+    @torch.no_grad()
     def add(self, v: Tensor) -> None:
         """v: (k, d), or (n, k, d) where every query has others."""
-        logits = (self.q[:, None] @ v.mT)[:, 0]  # n x k
+        logits = (self.scaled[:, None] @ v.mT)[:, 0]  # n x k
         highest = torch.maximum(self.highest, logits.amax(1, keepdim=True))
         p, correction = logits.sub_(highest).exp_(), (self.highest - highest).exp()
         self.total = self.total * correction + p.sum(1, keepdim=True)
         self.weighted = self.weighted * correction + (p[:, None] @ v)[:, 0]
         self.highest = highest
 
-    def loss(self, right: Tensor) -> tuple[Tensor, Tensor]:
-        """−log p of `right` (n, d), which was added too, (n,), and its gradient (Σⱼ p(j|q) vⱼ − right) / τ, (n, d)."""
-        log_total = (self.highest + self.total.log())[:, 0]
-        return log_total - (self.q * right).sum(1), (self.weighted / self.total - right) / self.temperature
+    def loss(self, right: Tensor) -> Tensor:
+        """−log p of the vectors `right` (n, d), which were added too, (n,)."""
+        with torch.no_grad():
+            loss = (self.highest + self.total.log())[:, 0] - (self.scaled * right).sum(1)
+            gradient = (self.weighted / self.total - right) / self.temperature
+        return _GradientIsKnown.apply(self.q, loss, gradient)
+
+
+class _GradientIsKnown(torch.autograd.Function):
+    """q (n, d), a loss of it (n,) and its gradient (n, d) -> the loss."""
+
+    @staticmethod
+    def forward(ctx, q, loss, gradient):
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, of_loss):
+        return of_loss[:, None] * ctx.saved_tensors[0], None, None
 
 
 @full_precision

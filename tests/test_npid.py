@@ -76,7 +76,7 @@ def test_value_and_gradient_are_autograds_however_much_is_looked_up_at_a_time(nu
     monkeypatch.setattr(npid, "NUMBERS_ON_CPU", numbers)
     f = normalized(torch.randn(6, 5)).requires_grad_()
     bank, entries, weight = normalized(torch.randn(12, 5)), torch.randint(12, (6, 8)), torch.rand(6)
-    ours = npid.SampledSoftmax.apply(f, bank, entries, 0.07)
+    ours = npid.sampled_softmax(f, bank, entries, 0.07)
     logits = (bank[entries] * f[:, None]).sum(-1) / 0.07
     plain = F.cross_entropy(logits, torch.zeros(6, dtype=torch.long), reduction="none")
     assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
@@ -107,7 +107,7 @@ def test_the_memory_of_the_negatives_is_bounded(entries, looked_up, monkeypatch)
     seen, embedding = [], F.embedding
     monkeypatch.setattr(npid, "NUMBERS_ON_CPU", entries * 5)
     monkeypatch.setattr(npid.F, "embedding", lambda rows, bank: seen.append(tuple(rows.shape)) or embedding(rows, bank))
-    npid.SampledSoftmax.apply(torch.randn(10, 5), torch.randn(50, 5), torch.randint(50, (10, 101)), 0.1)
+    npid.sampled_softmax(torch.randn(10, 5), torch.randn(50, 5), torch.randint(50, (10, 101)), 0.1)
     assert [shape for shape in seen if len(shape) == 2] == looked_up
 
 
@@ -227,7 +227,7 @@ def test_views_are_the_papers():
 
 MEASURE = """
 import torch
-from sslnb.methods.npid import SampledSoftmax
+from sslnb.methods.npid import sampled_softmax
 from sslnb.parts import MemoryBank
 
 start = peak()
@@ -235,7 +235,7 @@ bank = MemoryBank(1_281_167, 128, 0.5)
 built = peak()
 f = torch.nn.functional.normalize(torch.randn(64, 128)).requires_grad_()
 bank.update(torch.randint(1_281_167, (64,)), f)
-SampledSoftmax.apply(f, bank.vectors, torch.randint(1_281_167, (64, 65_537)), 0.07).mean().backward()
+sampled_softmax(f, bank.vectors, torch.randint(1_281_167, (64, 65_537)), 0.07).mean().backward()
 print(built - start, peak() - start)
 """
 

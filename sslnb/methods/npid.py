@@ -71,7 +71,7 @@ class NPID(Method):
     @full_precision
     def loss(self, f: Tensor, entries: Tensor) -> Tensor:
         """−log p of the first entry of the bank among all `entries` (n, 1 + K) -> (n,)."""
-        return SampledSoftmax.apply(f, self.bank.vectors, entries, self.temperature)
+        return sampled_softmax(f, self.bank.vectors, entries, self.temperature)
 
     @full_precision
     def probabilities(self, f: Tensor) -> Tensor:
@@ -91,33 +91,20 @@ def random_images(batch: int, count: int, images: int, device: torch.device) -> 
     return torch.randint(images, (batch, count), device=device)
 
 
-class SampledSoftmax(torch.autograd.Function):
-    """f (n, d), bank (M, d), entries (n, 1 + K), τ -> −log p of each row's first entry, (n,).
+def sampled_softmax(f: Tensor, bank: Tensor, entries: Tensor, temperature: float) -> Tensor:
+    """f (n, d), bank (M, d), entries (n, 1 + K) -> −log p of each row's first entry, (n,); the bank gets no gradient.
 
-    The entries of 64 images are 2.1 GB, so a part of them is looked up at a time and forgotten. The gradient
-
-        ∂/∂f = (Σₖ pₖ vₖ − v₀) / τ
-
-    is computed while they are there: at the time of the backward pass the bank has already been updated.
+    The entries of 64 images are 2.1 GB, so a part of them is looked up at a time and forgotten.
     """
-
-    @staticmethod
-    def forward(ctx, f, bank, entries, temperature):
-        room = max(1, (NUMBERS_ON_GPU if f.is_cuda else NUMBERS_ON_CPU) // f.shape[1])  # entries at a time
-        some = max(1, room // entries.shape[1])
-        found = []
-        for fs, rows in zip(f.split(some), entries.split(some), strict=True):
-            among = SoftmaxInParts(fs, temperature)
-            for part in rows.split(room, 1):
-                among.add(F.embedding(part, bank))  # on a CPU in half the time of bank[part]
-            found.append(among.loss(F.embedding(rows[:, 0], bank)))
-        loss, gradient = map(torch.cat, zip(*found, strict=True))
-        ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    def backward(ctx, of_loss):
-        return of_loss[:, None] * ctx.saved_tensors[0], None, None, None
+    room = max(1, (NUMBERS_ON_GPU if f.is_cuda else NUMBERS_ON_CPU) // f.shape[1])  # entries at a time
+    some = max(1, room // entries.shape[1])  # images
+    losses = []
+    for fs, rows in zip(f.split(some), entries.split(some), strict=True):
+        among = SoftmaxInParts(fs, temperature)
+        for part in rows.split(room, 1):
+            among.add(F.embedding(part, bank))  # on a CPU in half the time of bank[part]
+        losses.append(among.loss(F.embedding(rows[:, 0], bank)))
+    return torch.cat(losses)
 
 
 _imagenet = Recipe(
