@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 
@@ -94,10 +95,18 @@ def tiny():
     return make
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A short SimCLR run to evaluate."""
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A short SimCLR run, for `source`."""
     from sslnb import methods, pretrain
 
     recipe = methods.recipes("simclr")["demo"].with_(epochs=1, batch=160)
-    return pretrain(recipe, out=tmp_path_factory.mktemp("source") / "run")
+    return pretrain(recipe, out=tmp_path_factory.mktemp("trained") / "run")
+
+
+@pytest.fixture(scope="module")
+def source(trained, tmp_path_factory):
+    """A short SimCLR run to evaluate, and a directory of it for this module alone."""
+    from sslnb.run import Run
+
+    return Run.open(shutil.copytree(trained.path, tmp_path_factory.mktemp("source") / "run"))

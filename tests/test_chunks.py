@@ -103,6 +103,7 @@ def test_ten_steps_in_half_precision(name, half):
     ten_steps(method, [x[:8] for x in views], half)  # few: CPUs are slow in float16
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_chunk():
     code = """
 import torch
