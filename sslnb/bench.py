@@ -195,12 +195,15 @@ def _weigh() -> None:
     from . import train  # noqa: F401
     from .bench_steps import training_step
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork has no other threads, and would wait for them for ever
     load("digits_scattered")  # like `train`, for what it imports: that is no part of a step
     for line in sys.stdin:
         recipe = Recipe.from_json(json.loads(line))
         with torch.device("meta"):  # imports the rest, and holds nothing
             recipe.build()
         if (child := os.fork()) == 0:
+            torch.set_num_threads(threads)
             cuda = torch.cuda.is_available()
             before, step = peak(cuda), training_step(recipe)
             for _ in range(2):  # the optimizer's own numbers are there from the second step on

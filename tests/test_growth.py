@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -556,6 +558,16 @@ def test_groups_are_those_of_tensor_split(parts):
 def test_the_line_through_peaks():
     per_image, fixed = bench.Memory({16: 1_160, 32: 1_320, 64: 1_640}).line
     assert (per_image, fixed) == (pytest.approx(10), pytest.approx(1_000))
+
+
+@pytest.mark.slow
+def test_a_step_is_weighed_where_torch_uses_several_threads():
+    """In forks, which have none of them: they must not wait for one."""
+    code = ("from sslnb import bench, methods; recipe = methods.recipes('simclr')['demo']; "
+            "print(*bench.memory({'simclr': recipe}, (16, 32))['simclr'].peaks.values())")
+    found = subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "2"}, text=True,
+                           capture_output=True, timeout=120)
+    assert found.returncode == 0 and len(found.stdout.split()) == 2, found.stderr
 
 
 @pytest.mark.slow
