@@ -745,19 +745,23 @@ def test_too_few_images_of_a_class_are_named(stripes):
         few_labels.few_labels(subject, images, images, seed=0, steps=200)
 
 
-def test_the_steps_of_tuning_can_be_chosen(stripes, monkeypatch):
+def test_the_steps_of_tuning_can_be_chosen_and_are_in_the_row(stripes, monkeypatch):
     asked, fit = [], few_labels._fit
     monkeypatch.setattr(few_labels, "_fit", lambda *args: asked.append(args[-1]) or fit(*args))
     sets = stripes(75), stripes(60)
-    for row in evaluate("resnet_mini", sets, ["few_labels"], size=16, tune_steps=2):
-        assert row["protocol"] == "fine-tune 10 labels per class"
-    assert set(asked) == {2}
-    with pytest.raises(InputError, match="tune_steps=0 is impossible"):
-        evaluate("resnet_mini", sets, ["few_labels"], size=16, tune_steps=0)
+    rows = evaluate("resnet_mini", sets, ["few_labels"], size=16, steps=2)
+    assert set(asked) == {2} and [row["steps"] for row in rows] == [2, 2]
+    for wrong in (0, 1.5):
+        with pytest.raises(InputError, match=f"steps={wrong} of fine-tuning are impossible"):
+            evaluate("resnet_mini", sets, ["few_labels"], size=16, steps=wrong)
+    with pytest.raises(InputError, match="steps cannot be set for knn; leave it out, or evaluate in two calls"):
+        evaluate("resnet_mini", sets, ["few_labels", "knn"], size=16, steps=2)
+    with pytest.raises(InputError, match="epochs cannot be set for few_labels"):
+        evaluate("resnet_mini", sets, ["few_labels"], size=16, steps=2, epochs=1)
 
 
 def test_raw_pixels_have_nothing_to_tune():
-    assert PROTOCOLS["few_labels"](Subject("raw pixels", None, 16), None, None, 0, steps=1) is None
+    assert PROTOCOLS["few_labels"](Subject("raw pixels", None, 16), None, None, 0) is None
 
 
 # ---- several processes ----

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import apart
 
-from sslnb import methods, prepare, pretrain
+from sslnb import methods, prepare, pretrain, resolve
 from sslnb.bench_steps import photometry, random_views, training_step
 from sslnb.evaluate import evaluate
 from sslnb.evaluate.features import extract
@@ -28,7 +28,7 @@ HUGE = 2.0**40  # a scale of the loss at which every gradient of a network in fp
 def published(name, **changes):
     """The first published recipe for 16 of the 1300 embedded digits at a time, with as few clusters as they allow."""
     fewer = {"clusters": 50} if "clusters" in method_numbers(name) else {}
-    return next(r for key, r in methods.recipes(name).items() if key != "demo").with_(batch=16, **fewer, **changes)
+    return resolve(name, data="imagenet", batch=16, **fewer, **changes)
 
 
 @pytest.mark.parametrize("name", list(methods.METHODS))

@@ -193,6 +193,7 @@ def classes(n, tmp_path):
 
 
 CONSTANT = [bank_update, npid_look_up, odc_remember, resume_with_order]
+# The docstrings of these are the first column of the README's table.
 LINEAR = [odc_upkeep, odc_repair, k_means, whiten, evenly, collapsed, resume, epoch, monitor, fraction, parted]
 
 

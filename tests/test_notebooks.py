@@ -111,8 +111,10 @@ def test_cells_are_short(path):
 
 @every_notebook
 def test_papermill_lists_every_parameter_with_type_and_help(path):
-    found = papermill.inspect_notebook(str(path))
-    for line in parameters_cell(path).source.splitlines():
+    source, found = parameters_cell(path).source, papermill.inspect_notebook(str(path))
+    assert [(name, kind) for name, (kind, _) in declared(source).items()] == [
+        (name, known["inferred_type_name"]) for name, known in found.items()]
+    for line in source.splitlines():
         name, kind, default, about = re.fullmatch(r"(\w+): (str|int|float|bool) = (\S+) +# ([^=]+)", line).groups()
         assert found.pop(name) == {"name": name, "inferred_type_name": kind, "default": default, "help": about}
     assert not found

@@ -4,10 +4,11 @@
     print(table(evaluate("runs/simclr")))                              quick: kNN and a linear probe
     evaluate("runs/simclr", "imagenet", ["linear_moco"], processes=8)  a published protocol, which trains
 
-A new quick protocol is one function `(subject, train, test, seed) -> Outcome` in PROTOCOLS; a new one that trains is a
-class (protocol.py) and a recipe in RECIPES.
+A new quick protocol is one function `(subject, train, test, seed) -> Outcome` in PROTOCOLS, its keywords what can be
+set; a new one that trains is a class (protocol.py) and a recipe in RECIPES.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ def _linear(subject: Subject, train, test, seed: int) -> Outcome:
                    {"lr": probe.lr, "at_edge": probe.at_edge, "broken": broken})
 
 
-def _few_labels(subject: Subject, train, test, seed: int, steps: int) -> Outcome | None:
+def _few_labels(subject: Subject, train, test, seed: int, *, steps: int = 200) -> Outcome | None:
     if subject.backbone is None:
         return None  # raw pixels have no weights to tune
     predictions, labels, more = few_labels.few_labels(subject, train, test, seed, steps)
@@ -80,12 +81,11 @@ RECIPES = {**LINEAR, **SEMI, **FINETUNE, **MULTIHEAD, **DETECTION}  # of protoco
 def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *, baselines: bool = True,
              backbone: str | None = None, seed: int = 0, out: str | Path | None = None, size: int | None = None,
              device: str | torch.device = "auto", workers: int | str = "auto", processes: int = 1,
-             tune_steps: int = 200, **settings: Any) -> list[dict]:
+             **settings: Any) -> list[dict]:
     """Evaluate a network; one dict per (network, protocol), accuracies and their 95 % intervals in %.
 
-    `protocols`: "knn" and "linear" of frozen features, "few_labels" for `tune_steps` of fine-tuning on ten images per
-    class, for which "random initialisation" means training from scratch; or a name in RECIPES, which trains as
-    `pretrain` does.
+    `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on ten images per class, for which
+    "random initialisation" means training from scratch; or a name in RECIPES, which trains as `pretrain` does.
     `source`: a Run, the path of a run directory, a file of weights of a `backbone`, or a timm name (random weights).
     `data`: a name or folder for `sslnb.data.load`, or a pair (train, test) of loaded images, for protocols that do not
     train; default: what the run was trained on, else "digits_scattered". `baselines` adds "random initialisation"
@@ -93,18 +93,17 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     `out` as soon as each is known. A protocol that returns None does not apply to those features and gives no row. Data
     without labels give an empty list and a printed note. `device` "auto" is the GPU if there is one; `workers` "auto"
     reads files with most of the cores. `processes`: as many as GPUs; features are then computed in pieces that stay in
-    the folder of the results, so that an interrupted evaluation continues. `settings` are those of `train_protocol`:
-    epochs, batch …
+    the folder of the results, so that an interrupted evaluation continues. `settings` are those of `train_protocol`,
+    epochs, batch …, or the `steps` of "few_labels".
     """
     for name in protocols:
         if name not in PROTOCOLS and name not in RECIPES:
             unknown("protocol", name, [*PROTOCOLS, *RECIPES])
-    if tune_steps < 1:
-        raise InputError(f"tune_steps={tune_steps} is impossible: use a whole number of at least 1.")
     quick = [name for name in protocols if name in PROTOCOLS]
-    if quick and settings:
-        raise InputError(f"{', '.join(settings)} can be set for protocols that train, and {quick[0]} does not; "
-                         "leave it out, or evaluate in two calls.")
+    for name in quick:
+        if wrong := settings.keys() - inspect.signature(PROTOCOLS[name]).parameters.keys():
+            raise InputError(f"{', '.join(sorted(wrong))} cannot be set for {name}; leave it out, or evaluate in two "
+                             "calls.")
     source = open_source(source, seed, backbone)
     trained = [train_protocol(source, name, data, seed=seed, size=size, workers=workers, processes=processes,
                               **settings) for name in protocols if name in RECIPES]
@@ -121,8 +120,7 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     for subject in subjects(source, train, size=size, baselines=baselines, seed=seed, device=device, workers=workers,
                             processes=processes, folder=folder):
         for name in quick:
-            more = {"steps": tune_steps} if name == "few_labels" else {}
-            outcome = PROTOCOLS[name](subject, train, test, seed, **more)
+            outcome = PROTOCOLS[name](subject, train, test, seed, **settings)
             if outcome is None:
                 continue
             numbers = {**accuracy(outcome.correct, outcome.n), **outcome.more}

@@ -25,9 +25,11 @@ BATCH, WEIGHT_DECAY = 50, 0.05
 def few_labels(subject, train, test, seed: int, steps: int) -> tuple[Tensor, Tensor, dict]:
     """Fine-tune on LABELS training images per class; the rate is chosen on as many others of TRAIN, never on test.
 
-    -> predictions and labels of the test images, both (M,), and {"lr": the chosen rate, "labels": how many there were}.
-    Errors: InputError if a class has fewer than 2 * LABELS training images.
+    -> predictions and labels of the test images, both (M,), and {"lr": the chosen rate, "labels": how many there were,
+    "steps"}. Errors: InputError for less than one step, or if a class has fewer than 2 * LABELS training images.
     """
+    if not isinstance(steps, int) or steps < 1:
+        raise InputError(f"steps={steps!r} of fine-tuning are impossible: use a whole number of at least 1.")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.as_tensor(train.labels)
     fit, held = [], []
@@ -44,7 +46,7 @@ def few_labels(subject, train, test, seed: int, steps: int) -> tuple[Tensor, Ten
     right = [int((_predict(model, subject, x_held) == y_held).sum()) for model in tuned]
     best = right.index(max(right))
     x_test, y_test = _pixels(subject, test, list(range(len(test))))
-    return _predict(tuned[best], subject, x_test), y_test, {"lr": LRS[best], "labels": len(y)}
+    return _predict(tuned[best], subject, x_test), y_test, {"lr": LRS[best], "labels": len(y), "steps": steps}
 
 
 class _Classifier(nn.Module):
