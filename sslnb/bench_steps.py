@@ -61,18 +61,24 @@ def photometry(recipe: Recipe) -> Callable[[], object]:
 
 
 def bare_step(recipe: Recipe, views: list[Tensor]) -> Callable[[], object]:
-    """The backbone alone: what the method sends through it, forward, and backward where the method learns from it."""
+    """The backbone alone: what the method sends through it, forward, and backward where the method learns from it.
+
+    Backward comes after all views are through, as in a method whose loss compares them: until then it must keep what
+    backward needs of each, and memory that is new is slow.
+    """
     backbone = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers)
     backbone.to(the_device("auto"), memory_format=torch.channels_last).train()
     sent = [(torch.randn(shape, device=views[0].device).to(memory_format=torch.channels_last), learns)
             for shape, learns in passes(recipe, views)]
 
     def step() -> None:
+        loss = 0.0
         for x, learns in sent:
             with torch.set_grad_enabled(learns), autocast(recipe.precision, x.device):
                 out = backbone(x)
             if learns:
-                out.sum().backward()
+                loss = loss + out.sum()
+        loss.backward()
         backbone.zero_grad()
     return step
 

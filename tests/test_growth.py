@@ -519,7 +519,7 @@ def blocks(call, file: Path) -> list[int]:
 
 # Bytes for every pair of images that the loss needs: some B x B tables of float32 (SimCLR: 2B x 2B). Masks are drawn at
 # random, and what two methods take hangs on them a little.
-PAIRS = {"simclr": 130, "mocov3": 60, "maskfeat": 250, "cae": 250}
+PAIRS = {"simclr": 130, "mocov3": 60, "barlowtwins": 24, "maskfeat": 250, "cae": 250}
 
 
 @pytest.mark.parametrize("method", methods.METHODS)
@@ -536,14 +536,14 @@ def test_memory_is_linear_in_the_batch(method, tmp_path, monkeypatch):
     assert abs(c) <= PAIRS.get(method, 8), f"{c:.1f} bytes for every pair of images"
 
 
-def test_barlow_twins_needs_memory_for_pairs_of_outputs(tmp_path):
-    """Its d x d correlations and weights instead."""
+def test_barlow_twins_needs_no_memory_for_pairs_of_outputs(tmp_path):
+    """d x d correlations of 8192 outputs would be 268 MB, and as much for each gradient on the way."""
     taken = []
     for dim in (64, 128, 256):
         recipe = methods.recipes("barlowtwins")["demo"].with_(batch=16, dim=dim)
         step = training_step(recipe)
         taken.append(sum(n for n in blocks(step, tmp_path / "trace.json") if n > 0))
-    assert 16 < (taken[2] - 3 * taken[1] + 2 * taken[0]) / (6 * 64**2) < 60
+    assert abs(taken[2] - 3 * taken[1] + 2 * taken[0]) / (6 * 64**2) < 4
 
 
 @pytest.mark.parametrize("parts", [2, 3, 7])

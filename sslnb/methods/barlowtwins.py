@@ -5,15 +5,21 @@ Correlate every output of one view with every output of the other, over the batc
     C_ij = Σ_b z^A_{b,i} z^B_{b,j} / N   with z standardised over the batch of N images, each dimension by itself
     loss = Σ_i (1 − C_ii)²  +  λ Σ_{i≠j} C_ij²        (invariance: the views agree; redundancy: no output says it twice)
 
+The 8192 x 8192 numbers of C are never made. Their squares have the same sum as N x N products of images:
+
+    Σ_ij C_ij² = ‖Z^Aᵀ Z^B‖² / N² = tr(Z^A Z^Aᵀ Z^B Z^Bᵀ) / N² = Σ_ab (z^A_a · z^A_b) (z^B_a · z^B_b) / N²
+
 Where we differ from the official code: its in-place all_reduce of C leaves each of W processes 1/W of the gradient.
 LARS divides that out for matrices, but the vectors' own learning rate was tuned with it, so that a result depends on
 how many GPUs there were. Our gradient is exact; `vector_lr` 0.024 / W gives the vectors the official step.
 """
 
+import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..optim import decay_groups
-from ..parts import full_precision, mlp, sum_over_processes, world
+from ..parts import full_precision, gather, mlp, sum_over_processes, world
 from ..recipes import Recipe
 from ..views import (
     Blur,
@@ -59,22 +65,32 @@ class BarlowTwins(Method):
             for blur, solarize in zip(self.blur, self.solarize, strict=True)))
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
-        z1, z2 = (self.projector(self.backbone(x)) for x in views)  # one forward per view: each has its BN statistics
+        z1, z2 = self.project(torch.cat([self.backbone(x) for x in views])).chunk(2)
         self.latest = tuple(z[:, :SHOWN].detach().float() for z in (z1, z2))
-        invariance, redundancy = self.loss(self.correlation(z1, z2))
+        invariance, redundancy = self.terms(z1, z2)
         return {"loss": invariance + self.lambd * redundancy, "invariance": invariance.detach(),
                 "redundancy": redundancy.detach(), "z1": z1, "z2": z2}
 
-    @full_precision
-    def correlation(self, z1: Tensor, z2: Tensor) -> Tensor:
-        """C (d x d) over the images of all processes; row i is an output for view 1, column j one for view 2."""
-        return sum_over_processes(self.norm(z1).T @ self.norm(z2)) / (len(z1) * world()[1])
+    def project(self, h: Tensor) -> Tensor:
+        """Features of two views, one below the other, (2n, features) -> z (2n, dim).
+
+        Every batch norm sees one view after the other, each with its own statistics. The products take both at once:
+        the weights are so many that reading them, and adding up their gradients, is work.
+        """
+        for layer in self.projector:
+            h = torch.cat([layer(view) for view in h.chunk(2)]) if isinstance(layer, _BatchNorm) else layer(h)
+        return h
 
     @full_precision
-    def loss(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ (1 − C_ii)² and Σ_{i≠j} C_ij², sums over thousands and millions of entries: large numbers are normal."""
-        diagonal = c.diagonal()
-        return ((1 - diagonal) ** 2).sum(), (c**2).sum() - (diagonal**2).sum()
+    def terms(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ (1 − C_ii)² and Σ_{i≠j} C_ij² over the images of all processes, of which z1 and z2 (n, d) are this one's.
+
+        Sums over thousands and millions of entries: large numbers are normal.
+        """
+        z1, z2, N = self.norm(z1), self.norm(z2), len(z1) * world()[1]
+        diagonal = sum_over_processes((z1 * z2).sum(0)) / N  # d
+        squares = sum_over_processes(((z1 @ gather(z1).T) * (z2 @ gather(z2).T)).sum()) / N**2  # over n x N products
+        return ((1 - diagonal) ** 2).sum(), squares - (diagonal**2).sum()
 
     def param_groups(self, recipe) -> list[dict]:
         """Vectors (biases, norms), which LARS does not adapt, learn at a rate of their own: `vector_lr` times lr."""
