@@ -105,7 +105,8 @@ def test_the_backbone_is_plain_timm(recipe):
 @HALVES
 def test_sixteen_bits_are_finite_for_ten_steps(recipe, half):
     method = recipe.build()
-    ten_steps(method, some_views(method, recipe), half)
+    few = 8 if recipe.method == "barlowtwins" else 4  # CPUs are slow in fp16; correlations of 4 overflow too often
+    ten_steps(method, some_views(method, recipe, few), half)
 
 
 def test_every_number_is_kept_under_its_own_name_or_built_in(recipe):

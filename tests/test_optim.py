@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sslnb import methods
+from sslnb import methods, optim
 from sslnb.optim import LARS, build, decay_groups, lr_at, set_lr
 
 
@@ -73,3 +73,43 @@ def test_groups_may_scale_or_fix_their_rate():
                        {"params": [tensors[2]], "fixed_lr": 0.3}], recipe)
     set_lr(optimizer, 0.01)
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.01, 0.1, 0.3])
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 2, 3)).to(memory_format=torch.channels_last)
+
+
+def take_steps(net: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[torch.Tensor]:
+    for step in steps:
+        torch.manual_seed(step)
+        net(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        set_lr(optimizer, 0.01 * (step + 1))
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("optimizer, numbers", [("sgd", {"nesterov": True}), ("sgd", {}), ("adamw", {})],
+                         ids=["sgd, nesterov", "sgd", "adamw"])
+def test_all_weights_at_once_take_the_same_steps(optimizer, numbers, monkeypatch):
+    """What large networks get on a CPU; saved and loaded in between it goes on as before."""
+    recipe = methods.recipes("byol")["demo"].with_(optimizer=optimizer, weight_decay=0.1, **numbers)
+
+    def built(net):
+        return build(decay_groups(net.named_parameters(), 0.1), recipe)
+
+    net = convolutions()
+    assert not built(net).defaults["fused"]
+    expected = take_steps(net, built(net), range(4))
+    monkeypatch.setattr(optim, "LARGE", 1)
+    net = convolutions()
+    first = built(net)
+    assert first.defaults["fused"]
+    take_steps(net, first, range(2))
+    second = built(net)
+    second.load_state_dict(first.state_dict())
+    resumed = take_steps(net, second, range(2, 4))
+    assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(resumed, expected, strict=True))
+    net = convolutions()
+    assert all(a.equal(b) for a, b in zip(resumed, take_steps(net, built(net), range(4)), strict=True))
