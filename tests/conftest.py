@@ -40,8 +40,8 @@ def measured(code: str) -> list[float]:
 def apart(one, other) -> float:
     """How far the backbones of two runs with seed 0 are from each other, as a share of the way that training went."""
     torch.manual_seed(0)
-    start = torch.nn.utils.parameters_to_vector(other.recipe.build().backbone.parameters())
-    a, b = (torch.nn.utils.parameters_to_vector(run.backbone().parameters()) for run in (one, other))
+    start = torch.nn.utils.parameters_to_vector(other.recipe.build().backbone.parameters()).detach()
+    a, b = (torch.nn.utils.parameters_to_vector(run.backbone().parameters()).detach() for run in (one, other))
     return float((a - b).norm() / (b - start).norm())
 
 
