@@ -48,7 +48,7 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_add_(trained, v, alpha=-group["lr"])
 
 
-LARGE = 10**7  # weights that no cache of a CPU holds
+LARGE = 10**7  # weights: no demo has a tenth of them, a ResNet-18 has 11 million
 OPTIMIZERS = ("sgd", "lars", "adamw", "lamb")
 SCHEDULES = ("cosine", "step", "constant")
 

@@ -81,11 +81,14 @@ def test_rows_are_view_one_and_columns_view_two():
 
 
 def test_the_loss_of_known_networks():
-    d, n = 6, 20_000
-    six, one, zero = torch.randn(n, d), torch.randn(n, 1).repeat(1, d), torch.zeros(n, d)
+    d, signs = 6, torch.ones(1, 1)
+    for _ in range(3):
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])  # Hadamard's matrix
+    six = 1000 * signs[:, 1:7]  # six outputs for eight images, of mean 0, orthogonal; beside them 1e-5 is nothing
+    one, zero = six[:, :1].repeat(1, d), torch.zeros(8, d)
     for z1, z2, expected in ((six, six, (0, 0)), (six, -six, (4 * d, 0)), (six, zero, (d, 0)),
                              (one, one, (0, d * (d - 1)))):
-        assert [v.item() for v in small(d).terms(z1, z2)] == pytest.approx(list(expected), abs=0.01)
+        assert [v.item() for v in small(d).terms(z1, z2)] == pytest.approx(list(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize("images, dim", [(6, 40), (40, 6), (16, 16)])

@@ -91,6 +91,24 @@ def test_the_floor_is_what_the_method_sends_through_its_backbone(tiny, method, s
     assert found == sent
 
 
+def test_the_floor_keeps_all_views_until_backward(tiny, monkeypatch):
+    """As a method must whose loss compares them: view by view it takes less time, but no method can."""
+    events, build, backward = [], backbones.build, torch.Tensor.backward
+
+    def noted(*args, **kwargs):
+        net = build(*args, **kwargs)
+        net.register_forward_hook(lambda *_: events.append("forward"))
+        return net
+
+    monkeypatch.setattr(backbones, "build", noted)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda x: events.append("backward") or backward(x))
+    recipe = tiny("byol")
+    bare = bare_step(recipe, random_views(recipe))
+    events.clear()
+    bare()
+    assert events == ["forward"] * 4 + ["backward"]
+
+
 def test_the_floor_has_the_precision_of_the_step(tiny, monkeypatch):
     seen, build = [], backbones.build
 

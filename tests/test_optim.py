@@ -1,4 +1,4 @@
-"""LARS by hand, groups, and the learning rate as a function of the step."""
+"""LARS by hand, all weights at once, groups, and the learning rate as a function of the step."""
 
 import math
 
