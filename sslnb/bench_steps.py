@@ -1,4 +1,4 @@
-"""One training step with nothing around it, the floor below which no code for it can be, and what happens once, for
+"""One training step with nothing around it, its backbone alone, and what happens once, for
 notebooks/throughput.ipynb."""
 
 import contextlib

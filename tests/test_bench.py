@@ -73,11 +73,11 @@ def test_a_step_trains_the_method_and_the_bare_one_only_runs_its_backbone(tiny, 
     monkeypatch.setattr(backbones, "build", lambda *a, **k: made.append(build(*a, **k)) or made[-1])
     views = random_views(recipe)
     step, trained = training_step(recipe, views), made[-1]
-    bare, floor = bare_step(recipe, views), made[-2]  # the last one only told what is sent
-    before = [[p.detach().clone() for p in net.parameters()] for net in (trained, floor)]
+    bare, backbone = bare_step(recipe, views), made[-2]  # the last one only told what is sent
+    before = [[p.detach().clone() for p in net.parameters()] for net in (trained, backbone)]
     step(), step(), bare()  # the first step of a warm-up has a rate of 0
     assert any(not torch.equal(a, b) for a, b in zip(before[0], trained.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(before[1], floor.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before[1], backbone.parameters()))
 
 
 @pytest.mark.parametrize("method, sent", [
@@ -85,13 +85,13 @@ def test_a_step_trains_the_method_and_the_bare_one_only_runs_its_backbone(tiny, 
     ("mocov2", {((32, 3, 20, 20), True): 1, ((32, 3, 20, 20), False): 1}), ("densecl", {((32, 3, 20, 20), True): 1,
                                                                                          ((32, 3, 20, 20), False): 1}),
     ("swav", {((64, 3, 20, 20), True): 1, ((128, 3, 12, 12), True): 1}), ("mae", {((32, 3, 28, 28), True): 1})])
-def test_the_floor_is_what_the_method_sends_through_its_backbone(tiny, method, sent):
+def test_the_bare_backbone_gets_what_the_method_sends(tiny, method, sent):
     recipe = tiny(method, **({"size": 28} if method == "mae" else {}))
     found = Counter((tuple(shape), learns) for shape, learns in passes(recipe, random_views(recipe)))
     assert found == sent
 
 
-def test_the_floor_keeps_all_views_until_backward(tiny, monkeypatch):
+def test_the_bare_backbone_keeps_all_views_until_backward(tiny, monkeypatch):
     """As a method must whose loss compares them: view by view it takes less time, but no method can."""
     events, build, backward = [], backbones.build, torch.Tensor.backward
 
@@ -109,7 +109,7 @@ def test_the_floor_keeps_all_views_until_backward(tiny, monkeypatch):
     assert events == ["forward"] * 4 + ["backward"]
 
 
-def test_the_floor_has_the_precision_of_the_step(tiny, monkeypatch):
+def test_the_bare_backbone_has_the_precision_of_the_step(tiny, monkeypatch):
     seen, build = [], backbones.build
 
     def noted(*args, **kwargs):

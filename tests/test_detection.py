@@ -60,6 +60,16 @@ def rows(*found):
 # ---------------------------------------------------------------- average precision
 
 
+def test_a_class_without_objects_does_not_count_whatever_was_detected():
+    images = boxes_of([[(0, 0, 10, 10)]])
+    images.classes, images.category_ids = ["thing", "absent"], [7, 8]
+    found = rows((10, 0, 0, 10, 10, 0.9))
+    wrong = [{**found[0], "category_id": 8}]
+    for detections in (found, found + wrong):
+        row = voc_ap(images, detections)
+        assert row["ap50"] == 100 and row["interval"] == [100, 100] and math.isnan(row["classes"]["absent"])
+
+
 def test_average_precision_by_hand():
     images = boxes_of([[(0, 0, 10, 10)], [(50, 50, 90, 90)]])
     found = rows((10, 0, 0, 10, 10, 0.9), (10, 100, 100, 120, 120, 0.8), (11, 50, 50, 90, 90, 0.7))

@@ -578,6 +578,12 @@ class FakeRun:
     def backbone(self):
         return self.net
 
+    def status(self):
+        return {"state": "done"}
+
+    def checkpoints(self):
+        return []
+
 
 def test_evaluate_a_run_writes_its_rows(tmp_path, pictures, builds):
     rows = evaluate(FakeRun(tmp_path / "simclr_demo"), (pictures, pictures))
@@ -588,6 +594,7 @@ def test_evaluate_a_run_writes_its_rows(tmp_path, pictures, builds):
     assert [json.loads(line) for line in written] == rows
     for r in rows:
         assert r["n"] == 60 and r["data"] == "pictures" and r["seed"] == 0 and "torch" in r["versions"]
+        assert r["size"] == 12 and "step" not in r
         low, high = interval(round(r["top1"] * 60 / 100), 60)
         assert r["interval"] == pytest.approx([100 * low, 100 * high])
     evaluate(FakeRun(tmp_path / "simclr_demo"), (pictures, pictures), ["knn"], baselines=False)
@@ -623,6 +630,64 @@ def test_evaluate_a_run_directory_and_its_data(tmp_path, pictures, monkeypatch):
     (row,) = evaluate(str(tmp_path), protocols=["knn"], baselines=False)
     assert row["source"] == tmp_path.name and loaded == [("named", "train"), ("named", "test")]
     assert (tmp_path / "results.jsonl").exists()
+
+
+def test_evaluate_the_row_of_a_run_that_is_not_done_says_how_far_it_was(tmp_path, pictures, builds, capsys):
+    run = FakeRun(tmp_path / "half")
+    run.status = lambda: {"state": "interrupted", "total": 40}
+    run.checkpoints = lambda: [Path("step_00000004-ab.pt"), Path("step_00000008-cd.pt")]
+    row, *others = evaluate(run, (pictures, pictures), ["knn"])
+    assert (row["step"], row["total"], row["size"]) == (8, 40, 12)
+    assert all("step" not in other for other in others), "fresh weights and pixels are what they are"
+    assert "half is not done: its weights are those of step 8 of 40" in capsys.readouterr().out
+
+
+def test_evaluate_probes_on_the_device_that_it_was_told(monkeypatch):
+    """Features stay on the CPU: ImageNet's are 10 GB. On the CPU its probe would take days."""
+    told, f = {}, types.SimpleNamespace(x=torch.ones(30, 4), labels=torch.arange(30) % 3, broken=[])
+
+    def probe(x, *_, device, **__):
+        told["linear"] = x.device.type, device
+        return types.SimpleNamespace(predictions=f.labels, lr=1.0, at_edge=False)
+
+    def neighbours(bank, labels, queries, *_, **__):
+        told["knn"] = bank.device.type, queries.device.type
+        return {20: types.SimpleNamespace(predictions=f.labels, top5=None, top1=100.0)}
+
+    monkeypatch.setattr("sslnb.evaluate.linear_probe", probe)
+    monkeypatch.setattr("sslnb.evaluate.knn_grid", neighbours)
+    subject = types.SimpleNamespace(device="meta", features=lambda images: f)
+    for name in ("linear", "knn"):
+        assert PROTOCOLS[name](subject, "train", "test", 0).correct == 30
+    assert told == {"linear": ("cpu", "meta"), "knn": ("cpu", "meta")}
+
+
+def test_evaluate_looks_at_everything_before_anything_trains(source, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr("sslnb.evaluate.train_protocol", lambda *a, **k: trained.append(a))
+    with pytest.raises(InputError, match="epochs"):
+        evaluate(source, protocols=["linear_demo", "semi_demo"], epochs=1)  # semi_demo counts in steps
+    with pytest.raises(InputError, match="nowhere"):
+        evaluate(source, "nowhere", ["linear_demo", "knn"])
+    assert not trained
+
+
+def test_evaluate_few_labels_of_the_zoo_are_nine_settings_and_the_row_is_where_it_was_wanted(source, tmp_path):
+    (row,) = evaluate(source, protocols=["semi_demo"], out=tmp_path, steps=2, milestones=(1,), batch=8)
+    assert len(row["settings"]) == 9 and row["protocol"] == "semi_demo, with steps 2, milestones (1,), batch 8"
+    (written,) = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(written)["run"] == row["run"]
+    with pytest.raises(InputError, match="lr cannot be given: semi_demo chooses"):
+        evaluate(source, protocols=["semi_demo"], lr=0.1)
+
+
+def test_evaluate_a_transformer_at_another_size(tmp_path, tiny):
+    run = pretrain(tiny("mae", size=28, data="few_digits", epochs=1), out=tmp_path / "run")
+    (row,) = evaluate(run, protocols=["knn"], size=24, baselines=False)
+    assert row["size"] == 24
+    assert open_source(run.path / "backbone.safetensors", 0).pool == "mean", "a run's weights are the run"
+    checkpoint = open_source(run.checkpoints()[-1], 0)
+    assert (checkpoint.pool, checkpoint.name) == ("mean", f"run/{run.checkpoints()[-1].name}")
 
 
 def test_evaluate_a_timm_name(tmp_path, pictures, builds):

@@ -201,11 +201,27 @@ def test_fresh_weights_go_through_the_same_protocol_with_statistics_of_the_data(
     assert torch.equal(begun["bn1.running_mean"], torch.zeros(32)), "what learns estimates its own"
 
 
+def test_a_baseline_begins_again_with_the_very_same_start(source, tmp_path, monkeypatch):
+    """Its statistics differ in the last digit when other threads estimate them."""
+    train_protocol(source, "linear_demo", out=tmp_path / "run", fresh=True, epochs=1)
+    starts = set(source.path.glob("start-*"))
+    monkeypatch.setattr("sslnb.evaluate.sources.calibrated", lambda *_, **__: pytest.fail("it is there"))
+    train_protocol(source, "linear_demo", out=tmp_path / "run", fresh=True, epochs=1)
+    assert set(source.path.glob("start-*")) == starts
+    with pytest.raises(pytest.fail.Exception):
+        train_protocol(source, "linear_demo", out=tmp_path / "other", fresh=True, epochs=1, seed=1)
+
+
+def test_another_size_is_another_protocol_and_stands_in_the_row(source, tmp_path):
+    row = train_protocol(source, "linear_demo", out=tmp_path / "run", epochs=1, size=12)
+    assert row["protocol"] == "linear_demo, with epochs 1, size 12" and row["size"] == 12
+
+
 def test_a_file_of_weights_is_a_source_and_says_what_it_fills(source, tmp_path, capsys):
     state = {f"module.encoder_q.{k}": v for k, v in source.backbone().state_dict().items()}
     state |= {"module.encoder_q.fc.0.weight": torch.ones(3, 3), "module.queue": torch.ones(2)}
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "official.pth.tar")
-    row = train_protocol(tmp_path / "official.pth.tar", "linear_demo", "digits_scattered", tmp_path / "run", size=20,
+    row = train_protocol(tmp_path / "official.pth.tar", "linear_demo", "digits_scattered", tmp_path / "run",
                          backbone="resnet_mini", epochs=1)
     printed = capsys.readouterr().out
     assert "48 tensors of the backbone come from the file, whose names begin with 'module.encoder_q.'" in printed

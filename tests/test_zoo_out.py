@@ -1,6 +1,7 @@
 """Our weights out, and published results beside measured ones."""
 
 import json
+import shutil
 
 import nbformat
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from sslnb import Run, backbones, methods, pretrain
 from sslnb.errors import InputError
 from sslnb.evaluate import RECIPES, evaluate, train_protocol
+from sslnb.files import append_jsonl
 from sslnb.run import code_of
 from sslnb.zoo.export import export, push, to_openmmlab
 from sslnb.zoo.published import BACKBONES, everything, executed, measured, published, side_by_side
@@ -182,6 +184,24 @@ def test_a_row_beside_source_and_probe_comes_once(run, place):
     assert len(rows) == 1 and rows[0]["method"] == "simclr" and Run.open(rows[0]["run"]).recipe.method != "simclr"
 
 
+@pytest.fixture
+def copied(run, tmp_path):
+    return Run.open(shutil.copytree(run.path, tmp_path / "run"))
+
+
+def test_what_was_evaluated_again_counts_once_and_the_newest_counts(copied):
+    rows = copied.results()
+    append_jsonl(copied.path / "results.jsonl", {**rows[0], "top1": 99.0, "time": "2999-01-01T00:00:00+00:00"})
+    again = [r for r in measured(copied.path) if r["source"] == rows[0]["source"]]
+    assert [r["top1"] for r in again] == [99.0]
+
+
+def test_a_run_that_was_not_done_has_the_epochs_that_it_had(copied):
+    append_jsonl(copied.path / "results.jsonl", {**copied.results()[0], "data": "other", "step": 3, "total": 6})
+    (row,) = [r for r in measured(copied.path) if r["data"] == "other"]
+    assert row["epochs"] == 0.5 == copied.recipe.epochs / 2
+
+
 def test_published_stands_beside_measured_and_seeds_are_counted():
     row = {"method": "byol", "epochs": 200, "data": "/data/imagenet", "protocol": "linear_simsiam", "stale": False,
            "baseline": False}
@@ -190,7 +210,8 @@ def test_published_stands_beside_measured_and_seeds_are_counted():
     assert line.split() == [
         "byol", "200", "imagenet", "linear_simsiam", "71.5", "0", "1", "71.88", "(200", "epochs),", "72.93", "(300",
         "epochs)"]
-    assert "–" in side_by_side([{**row, "protocol": "linear_demo", "top1": 1.0, "trained_seed": 0}])
+    for other in ("linear_demo", "linear_simsiam, with epochs 3"):  # a changed protocol is another one
+        assert "–" in side_by_side([{**row, "protocol": other, "top1": 1.0, "trained_seed": 0}])
     near = {**row, "protocol": "knn k20 t0.07", "top1": 60.0, "trained_seed": 0}
     assert side_by_side([near, {**near, "top1": 10.0, "baseline": True}]).splitlines()[1].split()[6:] == [
         "60.0", "0", "64.2", "(200", "epochs),", "66.3", "(300", "epochs)"]

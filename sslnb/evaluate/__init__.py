@@ -26,7 +26,7 @@ from .finetune import FINETUNE
 from .knn import KS, knn_grid
 from .linear import LINEAR, linear_probe
 from .multihead import MULTIHEAD
-from .protocol import train_protocol
+from .protocol import fitted_to, train_from, train_protocol
 from .results import accuracy, interval, mean_interval, result_row, table
 from .semi import SEMI, semi_supervised
 from .sources import Subject, open_source, subjects
@@ -49,9 +49,10 @@ class Outcome:
 
 def _knn(subject: Subject, train, test, seed: int) -> Outcome:
     bank, queries = subject.features(train), subject.features(test)
-    found = knn_grid(bank.x, bank.labels, queries.x, queries.labels, temperature=0.07,
+    # The tests go to the device, and the bank follows piece by piece.
+    found = knn_grid(bank.x, bank.labels, queries.x.to(subject.device), queries.labels, temperature=0.07,
                      ks=[k for k in KS if k <= max(20, len(bank.x))])
-    correct = int((found[20].predictions == queries.labels).sum())
+    correct = int((found[20].predictions.cpu() == queries.labels).sum())
     return Outcome("knn k20 t0.07", correct, len(queries.x), {
         "top5": found[20].top5, "by_k": {str(k): result.top1 for k, result in found.items()},
         "broken": len(bank.broken) + len(queries.broken)})
@@ -59,7 +60,7 @@ def _knn(subject: Subject, train, test, seed: int) -> Outcome:
 
 def _linear(subject: Subject, train, test, seed: int) -> Outcome:
     bank, queries = subject.features(train), subject.features(test)
-    probe = linear_probe(bank.x, bank.labels, queries.x, queries.labels, seed=seed)
+    probe = linear_probe(bank.x, bank.labels, queries.x, queries.labels, seed=seed, device=subject.device)
     correct = int((probe.predictions == queries.labels).sum())
     broken = len(bank.broken) + len(queries.broken)
     return Outcome("linear grid cached", correct, len(queries.x),
@@ -85,12 +86,13 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     """Evaluate a network; one dict per (network, protocol), accuracies and their 95 % intervals in %.
 
     `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on ten images per class, for which
-    "random initialisation" means training from scratch; or a name in RECIPES, which trains as `pretrain` does.
-    `source`: a Run, the path of a run directory, a file of weights of a `backbone`, or a timm name (random weights).
-    `data`: a name or folder for `sslnb.data.load`, or a pair (train, test) of loaded images, for protocols that do not
-    train; default: what the run was trained on, else "digits_scattered". `baselines` adds "random initialisation"
-    (BatchNorm statistics calibrated) and "raw pixels" to those. Rows go to `results.jsonl` in the run directory or in
-    `out` as soon as each is known. A protocol that returns None does not apply to those features and gives no row. Data
+    "random initialisation" means training from scratch; or a name in RECIPES, which trains as `pretrain` does ("semi_…"
+    nine settings, of which held-out labels choose one). `source`: a Run, the path of a run directory, a file of weights
+    of a `backbone`, a name of the zoo, or a timm name (random weights). `data`: a name or folder for `sslnb.data.load`,
+    or a pair (train, test) of loaded images, for protocols that do not train; default: what the run was trained on,
+    else "digits_scattered". `baselines` adds "random initialisation" (BatchNorm statistics calibrated) and "raw pixels"
+    to those. Rows go to `results.jsonl` in the run directory or in `out` as soon as each is known. `size`: of the
+    images, if not that of the run. A protocol that returns None does not apply to those features and gives no row. Data
     without labels give an empty list and a printed note. `device` "auto" is the GPU if there is one; `workers` "auto"
     reads files with most of the cores. `processes`: as many as GPUs; features are then computed in pieces that stay in
     the folder of the results, so that an interrupted evaluation continues. `settings` are those of `train_protocol`,
@@ -105,15 +107,24 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
             raise InputError(f"{', '.join(sorted(wrong))} cannot be set for {name}; leave it out, or evaluate in two "
                              "calls.")
     source = open_source(source, seed, backbone)
-    trained = [train_protocol(source, name, data, seed=seed, size=size, workers=workers, processes=processes,
-                              **settings) for name in protocols if name in RECIPES]
+    folder = source.folder if out is None else Path(out)
+    train, test = _load(data or source.data or DEFAULT_DATA) if quick else (None, None)
+    trainers = {name: semi_supervised if name in SEMI else train_protocol for name in protocols if name in RECIPES}
+    for name, train_it in trainers.items():  # everything is looked at before anything trains
+        about_the_run = {*inspect.signature(train_from).parameters, *inspect.signature(train_it).parameters}
+        changes = {key: value for key, value in settings.items() if key not in about_the_run}
+        fitted_to(source, RECIPES[name], data, size, **changes)
+    trained = []
+    for name, train_it in trainers.items():
+        trained.append(train_it(source, name, data, seed=seed, size=size, workers=workers, processes=processes,
+                                **settings))
+        if folder not in (None, source.folder):
+            append_jsonl(folder / "results.jsonl", trained[-1])
     if not quick:
         return trained
-    train, test = _load(data or source.data or DEFAULT_DATA)
     if train.labels is None or test.labels is None:
         print(f"{train.name} has no labels: probes are switched off.")
         return trained
-    folder = source.folder if out is None else Path(out)
     device = the_device(device)
     workers = loader_workers(workers, train)
     rows = []
@@ -123,7 +134,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
             outcome = PROTOCOLS[name](subject, train, test, seed, **settings)
             if outcome is None:
                 continue
-            numbers = {**accuracy(outcome.correct, outcome.n), **outcome.more}
+            about = {"size": subject.size, **(source.progress if subject.name == source.name else {})}
+            numbers = {**accuracy(outcome.correct, outcome.n), **outcome.more, **about}
             rows.append(result_row(subject.name, train.name, outcome.protocol, numbers, seed))
             if folder is not None:
                 append_jsonl(folder / "results.jsonl", rows[-1])

@@ -2,13 +2,14 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..reading import image_loader
 from ..views import IMAGENET_MEAN, IMAGENET_STD
 from .pixels import normalise, read, to_batch
 
@@ -39,22 +40,9 @@ def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
 
     device = the_device(device)
     backbone.to(device)
-    x, index, broken = torch.zeros(0, 0), [], []
-    chosen = _chosen(len(images), limit)
-    chunks = _Chunks(images, chosen.split(batch), size)
-    # Its own generator: a loader draws a seed, which would otherwise disturb the training that called us.
-    loader = torch.utils.data.DataLoader(chunks, batch_size=None, num_workers=workers,
-                                         generator=torch.Generator())
     with torch.no_grad(), _eval_mode(backbone):
-        for pixels, kept, bad in loader:
-            broken += bad
-            if kept:
-                z = features(backbone, normalise(pixels.to(device), mean, std), pool)  # B x D
-                if not index:  # all at once: rows that are joined at the end are there twice
-                    x = torch.empty(len(chosen), z.shape[1])
-                x[len(index):len(index) + len(z)] = z
-                index += kept
-    return _features(images, x[:len(index)], index, broken)
+        return _of_all(lambda pixels: features(backbone, normalise(pixels.to(device), mean, std), pool), images,
+                       size=size, batch=batch, workers=workers, limit=limit)
 
 
 def the_device(device: str | torch.device) -> str | torch.device:
@@ -62,15 +50,10 @@ def the_device(device: str | torch.device) -> str | torch.device:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def raw_pixels(images, size: int, limit: int | None = None) -> Features:
+def raw_pixels(images, size: int, limit: int | None = None, workers: int = 0) -> Features:
     """The baseline without any network: flattened pixels in [0, 1], at most 32 x 32."""
-    rows, index, broken = [], [], []
-    for chunk in _chosen(len(images), limit).split(256):
-        pixels, kept, bad = read(images, chunk.tolist(), min(size, RAW_PIXELS_SIZE))
-        rows.append(pixels.float().flatten(1) / 255)
-        index += kept
-        broken += bad
-    found = _features(images, torch.cat(rows) if rows else torch.zeros(0, 0), index, broken)
+    found = _of_all(lambda pixels: pixels.float().flatten(1) / 255, images, size=min(size, RAW_PIXELS_SIZE), batch=256,
+                    workers=workers, limit=limit)
     channels = found.x.unflatten(1, (3, -1))
     if len(found.x) and torch.equal(channels[:, :1].expand_as(channels), channels):
         found.x = channels[:, 0]  # grey images: the same numbers three times only cost time
@@ -122,6 +105,23 @@ class _Chunks(torch.utils.data.Dataset):
         return read(self.images, self.chunks[i].tolist(), self.size)
 
 
+def _of_all(vectors: Callable[[Tensor], Tensor], images, *, size: int, batch: int, workers: int,
+            limit: int | None) -> Features:
+    """What `vectors` makes of uint8 pixels (B, 3, size, size), (B, D), for all images that can be read."""
+    x, index, broken = torch.zeros(0, 0), [], []
+    chosen = _chosen(len(images), limit)
+    for pixels, kept, bad in image_loader(_Chunks(images, chosen.split(batch), size), workers, batch_size=None):
+        broken += bad
+        if kept:
+            z = vectors(pixels)
+            if not index:  # all at once: rows that are joined at the end are there twice
+                x = torch.empty(len(chosen), z.shape[1])
+            x[len(index):len(index) + len(z)] = z
+            index += kept
+    labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
+    return Features(x[:len(index)], labels, torch.tensor(index, dtype=torch.long), broken)
+
+
 @contextlib.contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule gets its own flag back: some may be frozen on purpose."""
@@ -139,8 +139,3 @@ def _chosen(n: int, limit: int | None) -> Tensor:
     if limit is None or limit >= n:
         return torch.arange(n)
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit].sort().values
-
-
-def _features(images, x: Tensor, index: list[int], broken: list[str]) -> Features:
-    labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
-    return Features(x, labels, torch.tensor(index, dtype=torch.long), broken)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..recipes import Recipe
+from .features import the_device
 
 GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # for standardised features at batch 256
 HELD_OUT = 0.2
@@ -40,36 +41,35 @@ class Probe:
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *,
                  lrs: Sequence[float] = GRID, epochs: int = 100, batch: int = 256, momentum: float = 0.9,
-                 weight_decay: float = 0.0, seed: int = 0) -> Probe:
+                 weight_decay: float = 0.0, seed: int = 0, device: str | torch.device = "cpu") -> Probe:
     """Fit a linear classifier on train (N, D) and score it on test (M, D); labels (N,), (M,) count from 0.
 
-    Everything runs on the device of `train`. Raises InputError for sizes that do not fit and for a train
-    set where no class has two images, since then no rate can be chosen.
+    Features and labels stay on the CPU and go to the `device` ("auto": the GPU if there is one) batch by batch:
+    ImageNet's are 10 GB. Raises InputError for sizes that do not fit and for a train set where no class has two
+    images, since then no rate can be chosen.
     """
     lrs = sorted(lrs)
     _check(train, train_labels, test, test_labels, lrs)
-    labels = train_labels.to(train.device)
-    settings = dict(classes=1 + int(labels.max()), epochs=epochs, batch=batch, momentum=momentum,
-                    weight_decay=weight_decay, seed=seed)
-    fit, held = _stratified(labels.cpu(), seed)
+    settings = dict(classes=1 + int(train_labels.max()), epochs=epochs, batch=batch, momentum=momentum,
+                    weight_decay=weight_decay, seed=seed, device=the_device(device))
+    fit, held = _stratified(train_labels, seed)
     if len(held) == 0:
         raise InputError("No class has two training images, so none can be held out to choose the rate.")
-    heads = _fit(train[fit], labels[fit], lrs, **settings)
-    accuracy = [_accuracy(p, labels[held]) for p in heads.predict(train[held])]
+    heads = _fit(train[fit], train_labels[fit], lrs, **settings)
+    accuracy = [_accuracy(p, train_labels[held]) for p in heads.predict(train[held])]
     # Equal accuracies are common on small sets: take the middle one of the best, not one at an edge.
     best = [g for g, a in enumerate(accuracy) if a == max(accuracy)]
     g = best[len(best) // 2]
 
-    head = _fit(train, labels, [lrs[g]], **settings)
-    predictions = head.predict(test.to(train.device))[0]
-    top1 = _accuracy(predictions, test_labels.to(train.device))
-    return Probe(top1, lrs[g], dict(zip(lrs, accuracy, strict=True)), g in (0, len(lrs) - 1),
-                 predictions.to(test.device), head.weight[0])
+    head = _fit(train, train_labels, [lrs[g]], **settings)
+    predictions = head.predict(test)[0]
+    return Probe(_accuracy(predictions, test_labels), lrs[g], dict(zip(lrs, accuracy, strict=True)),
+                 g in (0, len(lrs) - 1), predictions, head.weight[0].cpu())
 
 
 @dataclass
 class _Heads:
-    """G linear classifiers on features standardised with the mean and std they were fitted on."""
+    """G linear classifiers on features standardised with the mean and std they were fitted on; all on one device."""
 
     weight: Tensor  # G x D x C
     bias: Tensor  # G x 1 x C
@@ -77,32 +77,33 @@ class _Heads:
     std: Tensor  # D
 
     def inputs(self, x: Tensor) -> Tensor:
-        return (x.float() - self.mean) / self.std
+        return (x.to(self.mean.device).float() - self.mean) / self.std
 
     def predict(self, x: Tensor) -> Tensor:
-        """Classes (G, M), in pieces: G x M x C logits never exist at once. Diverged heads predict class 0."""
-        parts = [(self.inputs(p) @ self.weight + self.bias).nan_to_num(0.0).argmax(2) for p in x.split(4096)]
+        """Classes (G, M), on the CPU, in pieces: G x M x C logits never exist at once. Diverged heads predict 0."""
+        parts = [(self.inputs(p) @ self.weight + self.bias).nan_to_num(0.0).argmax(2).cpu() for p in x.split(4096)]
         return torch.cat(parts, 1)
 
 
 def _fit(x: Tensor, labels: Tensor, lrs: Sequence[float], *, classes: int, epochs: int, batch: int,
-         momentum: float, weight_decay: float, seed: int) -> _Heads:
+         momentum: float, weight_decay: float, seed: int, device: str | torch.device) -> _Heads:
     """SGD with momentum on the cross-entropy, one head per rate; all heads see the same batches."""
     generator = torch.Generator().manual_seed(seed)
     std = x.float().std(0, correction=0)
     std = torch.where(std > 1e-6, std, 1.0)  # a dead dimension stays dead instead of becoming amplified noise
     weight = 0.01 * torch.randn(1, x.shape[1], classes, generator=generator).repeat(len(lrs), 1, 1)
-    heads = _Heads(weight.to(x.device), x.new_zeros(len(lrs), 1, classes).float(), x.float().mean(0), std)
-    rate = torch.tensor(lrs, device=x.device, dtype=torch.float32)[:, None, None]  # G x 1 x 1
+    heads = _Heads(weight.to(device), torch.zeros(len(lrs), 1, classes, device=device), x.float().mean(0).to(device),
+                   std.to(device))
+    rate = torch.tensor(lrs, device=device, dtype=torch.float32)[:, None, None]  # G x 1 x 1
     speed_w, speed_b = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
     for epoch in range(epochs):
         lr = 0.5 * rate * (1 + math.cos(math.pi * epoch / epochs))
-        for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch):
-            z = heads.inputs(x[rows])  # B x D
+        for rows in torch.randperm(len(x), generator=generator).split(batch):
+            z, y = heads.inputs(x[rows]), labels[rows].to(device)  # B x D, B
             # The gradient of the cross-entropy with respect to the logits is softmax minus one-hot.
             error = (z @ heads.weight + heads.bias).softmax(2)  # G x B x C
             error.add_(TINY).sub_(TINY)  # below 1e-27 it is 0: with denormal numbers a CPU can take 4 times as long
-            error = (error - F.one_hot(labels[rows], classes)) / len(rows)
+            error = (error - F.one_hot(y, classes)) / len(rows)
             speed_w.mul_(momentum).add_(z.T @ error + weight_decay * heads.weight)
             speed_b.mul_(momentum).add_(error.sum(1, keepdim=True))
             heads.weight -= lr * speed_w

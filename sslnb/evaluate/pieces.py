@@ -64,11 +64,16 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     draft.replace(place / "weights.safetensors")
     write_atomic(place / "job.json", said)
     _start(place, processes)
-    parts = [load_file(_piece(place, n)) for n in range(_count(job, images))]
-    index = torch.cat([part["index"] for part in parts])
+    x, index, broken = torch.zeros(0, 0), [], []
+    for n in range(_count(job, images)):
+        part = load_file(_piece(place, n))
+        if not index and len(part["x"]):  # all at once: pieces that are joined at the end are there twice
+            x = torch.empty(len(images), part["x"].shape[1])
+        x[len(index):len(index) + len(part["x"])] = part["x"]
+        index += part["index"].tolist()
+        broken += json.loads(_piece(place, n).with_suffix(".json").read_text())
     labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
-    broken = [line for n in range(len(parts)) for line in json.loads(_piece(place, n).with_suffix(".json").read_text())]
-    return Features(torch.cat([part["x"] for part in parts]), labels, index, broken)
+    return Features(x[:len(index)], labels, torch.tensor(index, dtype=torch.long), broken)
 
 
 def _start(place: Path, processes: int) -> None:

@@ -5,6 +5,8 @@
 So a protocol runs on many GPUs, in 16 bits, resumes exactly and writes a run directory like any pretraining.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -125,12 +127,13 @@ def find(protocol: str) -> Recipe:
     return RECIPES[protocol]
 
 
-HOW_IT_RUNS = ("size", "processes", "precision", "workers", "resume")  # and not what runs
+HOW_IT_RUNS = ("processes", "precision", "workers", "resume")  # and not what runs
 
 
 def named(protocol: str, settings: Mapping[str, Any]) -> str:
     """The name of a protocol, with what was changed of it: "linear_moco, with epochs 3"."""
-    changes = [f"{name} {value}" for name, value in settings.items() if name not in HOW_IT_RUNS]
+    changes = [f"{name} {value}" for name, value in settings.items()
+               if name not in HOW_IT_RUNS and value is not None]
     return f"{protocol}, with {', '.join(changes)}" if changes else protocol
 
 
@@ -144,31 +147,45 @@ def train_from(source: Source, recipe: Recipe, data: str | Path | None = None, o
     """
     from ..train import pretrain  # which measures features while it trains, with this package
 
-    kind = methods.get(recipe.method)
-    recipe = kind.on_source(recipe, source, size).with_(data=str(data or source.data or recipe.data)).with_(**changes)
-    recipe = kind.fitted(recipe)
-    rival = source.fresh_weights and kind.frozen_in(recipe)
-    network = source.rival(recipe.load(), recipe.size, seed) if rival else source.backbone(recipe.size)
-    tensors, said = kind.starting_point(recipe, network)
-    start = _save_start(tensors, source.folder or Path("runs"))
-    print(f"Source {source.name}: {said}")
+    recipe = fitted_to(source, recipe, data, size, **changes)
+    start = _start(source, recipe, seed)
     return pretrain(recipe.with_(start=str(start)), out=out, processes=processes, precision=precision, seed=seed,
                     workers=workers, resume=resume)
+
+
+def fitted_to(source: Source, recipe: Recipe, data: str | Path | None, size: int | None, **changes: Any) -> Recipe:
+    """The recipe for this source, these data and `changes`. Errors: InputError if they do not fit."""
+    kind = methods.get(recipe.method)
+    recipe = kind.on_source(recipe, source, size).with_(data=str(data or source.data or recipe.data)).with_(**changes)
+    return kind.fitted(recipe)
 
 
 def write_row(run: Run, source: Source, protocol: str, **more: Any) -> dict:
     """The row of a finished run of a protocol, written beside it and beside its source."""
     numbers = methods.get(run.recipe.method).results(run.history("test"))
-    row = result_row(source.name, run.recipe.data, protocol, {**numbers, **more, "run": str(run.path)}, run.seed)
+    about = {"size": run.recipe.size, **source.progress, **more, "run": str(run.path)}
+    row = result_row(source.name, run.recipe.data, protocol, {**numbers, **about}, run.seed)
     for folder in {run.path, *([source.folder] if source.folder else [])}:
         append_jsonl(folder / "results.jsonl", row)
     return row
 
 
-def _save_start(tensors: Mapping[str, torch.Tensor], folder: Path) -> Path:
-    """They go into a file whose name carries their checksum: the same backbone again is the same file."""
+def _start(source: Source, recipe: Recipe, seed: int) -> Path:
+    """The file of tensors that the recipe begins with. Its name tells its content: the same start is the same file."""
+    kind, folder = methods.get(recipe.method), source.folder or Path("runs")
     folder.mkdir(parents=True, exist_ok=True)
+    start, network = None, None
+    if source.fresh_weights and kind.frozen_in(recipe):
+        # Statistics that are estimated again differ in the last digit on other threads or another card, and a run that
+        # goes on must find its own start: the name tells what it was made from.
+        made_from = json.dumps([recipe.to_json(), source.origin, seed], sort_keys=True, default=str)
+        start = folder / f"start-{hashlib.sha256(made_from.encode()).hexdigest()[:8]}.safetensors"
+        if start.exists():
+            print(f"Source {source.name}: as in {start}.")
+            return start.resolve()
+        network = source.rival(recipe.load(), recipe.size, seed)
+    tensors, said = kind.starting_point(recipe, network or source.backbone(recipe.size))
     save_tensors(draft := folder / ".start.safetensors", tensors)
-    start = folder / f"start-{checksum(draft)}.safetensors"
-    draft.replace(start)
+    draft.replace(start := start or folder / f"start-{checksum(draft)}.safetensors")
+    print(f"Source {source.name}: {said}")
     return start.resolve()

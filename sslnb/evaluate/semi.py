@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..recipes import Recipe
 from .protocol import find, named, train_from, write_row
 from .sources import open_source
@@ -50,6 +51,9 @@ def semi_supervised(source, protocol: str = "semi_1", data: str | Path | None = 
     setting, those of the others lie in it. `settings` go to `train_from`: processes, epochs …
     Errors: InputError before any work.
     """
+    if wrong := settings.keys() & {"lr", "head_lr"}:
+        raise InputError(f"{' and '.join(sorted(wrong))} cannot be given: {protocol} chooses among `lrs` and "
+                         "`head_lrs`. For one setting call train_protocol.")
     if fraction is not None:
         settings["fraction"] = fraction if isinstance(fraction, float) else str(fraction)
     source, recipe = open_source(source, seed, backbone), find(protocol)

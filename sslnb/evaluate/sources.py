@@ -31,10 +31,11 @@ class Source:
     fresh_weights: bool = False  # nothing was learned yet
     origin: str = ""  # what `open_source` was given, for another process to open it again, and
     given: str | None = None  # the `backbone` beside it
+    progress: Mapping[str, int] = field(default_factory=dict)  # of a run that is not done: its rows say how far it was
 
     def untrained(self) -> "Source":
         """The same network with fresh weights: the baseline of everything that is claimed for the source."""
-        return replace(self, name="random initialisation", backbone=self.fresh, fresh_weights=True)
+        return replace(self, name="random initialisation", backbone=self.fresh, fresh_weights=True, progress={})
 
     def rival(self, images, size: int, seed: int, device: str | torch.device = "auto") -> nn.Module:
         """The same network with fresh weights as a frozen one has to be for a fair comparison: every branch switched
@@ -59,7 +60,7 @@ class Subject:
         """Features of `images`, computed once per set of images, so that several protocols share them."""
         if images not in self._cache:
             if self.backbone is None:
-                self._cache[images] = raw_pixels(images, self.size)
+                self._cache[images] = raw_pixels(images, self.size, workers=self.workers)
             elif self.parallel:
                 self._cache[images] = self.parallel(self.backbone, images)
             else:
@@ -79,6 +80,8 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
 
     if isinstance(source, Source):
         return source
+    if isinstance(source, str | Path) and Path(source).name == "backbone.safetensors" and backbone is None:
+        source = zoo.home_of(source) or source  # a run's weights are the run
     if isinstance(source, str | Path) and (Path(source).is_file() or str(source) in zoo.MODELS):
         return _from_file(source, seed, backbone, numbers)
     if isinstance(source, str | Path):
@@ -92,15 +95,37 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
         from ..run import Run
 
         source = Run.open(source)
-    recipe = source.recipe
+    return _from_run(source, seed)
+
+
+def _from_run(run, seed: int) -> Source:
+    from ..zoo.networks import resized
+
+    recipe, name = run.recipe, Path(run.path).name
+
+    def at(size: int, backbone: nn.Module) -> nn.Module:
+        return backbone if size == recipe.size else resized(backbone, recipe.backbone, recipe.backbone_numbers, size)[0]
+
     # Fresh weights come from the method: MAE, for one, initialises its ViT in its own way.
-    return Source(Path(source.path).name, lambda size: source.backbone(),
-                  _seeded(seed, lambda size: recipe.build().backbone), recipe.size, recipe.data, Path(source.path),
-                  recipe.pool, recipe.backbone, recipe.backbone_numbers, origin=str(source.path))
+    return Source(name, lambda size: at(size, run.backbone()),
+                  _seeded(seed, lambda size: at(size, recipe.build().backbone)), recipe.size, recipe.data,
+                  Path(run.path), recipe.pool, recipe.backbone, recipe.backbone_numbers, origin=str(run.path),
+                  progress=_progress(run, name))
+
+
+def _progress(run, name: str) -> dict[str, int]:
+    """{} of a run that is done, else the step whose weights there are, and of how many."""
+    status, checkpoints = run.status(), run.checkpoints()
+    if status.get("state") == "done" or not checkpoints:
+        return {}
+    step, total = int(checkpoints[-1].name.removeprefix("step_")[:8]), status.get("total", 0)
+    print(f"{name} is not done: its weights are those of step {step} of {total}, and its rows say so.")
+    return {"step": step, "total": total}
 
 
 def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mapping[str, object]) -> Source:
     from .. import zoo
+    from ..run import Run
 
     name, numbers, native = zoo.network(file, backbone, **numbers)
 
@@ -110,9 +135,11 @@ def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mappi
         return model
 
     fresh = _seeded(seed, lambda size: zoo.fresh(name, numbers, native, size))
-    row = zoo.find(file)
-    return Source(Path(file).name, trained, fresh, pool=row.pool if row else "model", architecture=name,
-                  numbers=numbers, origin=str(file), given=backbone)
+    row, home = zoo.find(file), zoo.home_of(file)
+    about = row or (Run.open(home).recipe if home else None)
+    return Source(f"{home.name}/{Path(file).name}" if home else Path(file).name, trained, fresh,
+                  pool=about.pool if about else "model", architecture=name, numbers=numbers, origin=str(file),
+                  given=backbone)
 
 
 def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: int,

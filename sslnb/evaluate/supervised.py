@@ -14,6 +14,7 @@ from ..reading import in_order
 from ..recipes import Recipe
 from ..run import Run
 from ..views import CenterCrop, HorizontalFlip, Normalize, RandomResizedCrop, Resize, View, Views
+from .features import the_device
 from .pixels import MARGIN, MARGIN_FROM
 from .protocol import Protocol
 from .results import accuracy
@@ -148,8 +149,9 @@ class Supervised(Protocol):
 @torch.no_grad()
 def answers(run: Run) -> tuple[Tensor, Tensor]:
     """True and predicted classes of the test images of a finished run, both (N,) on the CPU, without broken images."""
-    logits, labels = zip(*run.method().tested(run), strict=True)
-    return torch.cat(labels), torch.cat(logits).argmax(1)
+    found = [(labels.cpu(), logits.argmax(1).cpu())
+             for logits, labels in run.method().to(the_device("auto")).tested(run)]
+    return tuple(torch.cat(part) for part in zip(*found, strict=True))
 
 
 def labels_of(images, classes: int) -> Tensor:

@@ -43,13 +43,15 @@ class Claims:
         return right, ~right & ~(close & self.difficult)
 
     def curve(self, threshold: float, times: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Precision and recall (D,) after each detection. `times` (N,): how often each image counts."""
+        """Precision and recall (D,) after each detection; one nan where there is nothing to find, whatever was
+        detected. `times` (N,): how often each image counts."""
         right, wrong = self.right(threshold)
         weight = 1.0 if times is None else times[self.image]
         hits, misses = np.cumsum(right * weight), np.cumsum(wrong * weight)
         wanted = self.wanted.sum() if times is None else (self.wanted * times).sum()
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return hits / np.maximum(hits + misses, np.finfo(float).eps), hits / wanted
+        if not wanted:
+            return np.full(1, np.nan), np.full(1, np.nan)
+        return hits / np.maximum(hits + misses, np.finfo(float).eps), hits / wanted
 
 
 def overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:

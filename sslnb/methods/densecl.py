@@ -36,7 +36,7 @@ from .base import Method
 
 
 class DenseCL(Method):
-    accumulable = True  # the negatives come from the queues, not from the batch
+    accumulable = False  # keys are dealt among the groups of ONE batch: one group of 64 leaves nothing to deal
     sync_bn = False  # each group of images keeps its own statistics, and keys are shuffled between the groups
 
     def __init__(self, backbone: nn.Module, *, loss_lambda: float = 0.5, temperature: float = 0.2, queue: int = 65_536,

@@ -36,7 +36,7 @@ from .base import Method
 class MoCo(Method):
     """What v1 and v2 share. They differ in their projector, their views and their temperature."""
 
-    accumulable = True  # the negatives come from the queue, not from the batch
+    accumulable = False  # keys are dealt among the groups of ONE batch: one group of 64 leaves nothing to deal
     sync_bn = False  # each group of images keeps its own statistics, and keys are shuffled between the groups
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, *, temperature: float, queue: int, momentum: float,

@@ -25,7 +25,7 @@ from .match import Match, check, fit, tensors
 from .models import MODELS, Model, names, of_file
 from .sanity import sanity
 
-__all__ = ["MODELS", "Match", "Model", "find", "fresh", "load", "names", "network", "sanity"]
+__all__ = ["MODELS", "Match", "Model", "find", "fresh", "home_of", "load", "names", "network", "sanity"]
 
 OURS = ("backbone.safetensors", "model.safetensors")  # of a run directory, of an exported folder
 
@@ -73,6 +73,14 @@ def find(source: str | Path) -> Model | None:
     return of_file(path.name) if path.is_file() else MODELS.get(str(source))
 
 
+def home_of(file: str | Path) -> Path | None:
+    """The run directory or exported folder that a file of weights belongs to, if its recipe is there."""
+    path = Path(file).expanduser()
+    home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    ours = path.name in OURS or home != path.parent
+    return home if ours and (home / "recipe.json").is_file() else None
+
+
 @dataclass
 class _Opened:
     path: Path
@@ -106,9 +114,8 @@ def _open(source: str | Path) -> _Opened:
 
 def _network(opened: _Opened, backbone: str | None, numbers: dict[str, Any], size: int | None) -> networks.Network:
     """From the caller, from a recipe beside the file, from the row of the zoo, or from the tensors themselves."""
-    path, row = opened.path, opened.row
-    home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    if backbone is None and (path.name in OURS or home != path.parent) and (home / "recipe.json").is_file():
+    row = opened.row
+    if backbone is None and (home := home_of(opened.path)):
         recipe = Run.open(home).recipe
         return recipe.backbone, {**recipe.backbone_numbers, **numbers}, recipe.size
     if row and backbone in (None, row.backbone):
@@ -116,7 +123,7 @@ def _network(opened: _Opened, backbone: str | None, numbers: dict[str, Any], siz
     try:  # beside the name: the size they are made for, heads that the layout knows
         plain = opened.plain()
         plain.heads = numbers.get("num_heads", plain.heads)
-        name, found, native = _saying(path, networks.recognise, plain)
+        name, found, native = _saying(opened.path, networks.recognise, plain)
     except InputError as error:
         if backbone is None or isinstance(error, networks.Ambiguous):
             raise

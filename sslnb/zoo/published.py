@@ -69,22 +69,26 @@ def measured(folder: str | Path) -> list[dict[str, Any]]:
     `baseline`: the row is of fresh weights or raw pixels, which stand beside what is judged.
 
     `stale`: the code of the method is not what it was when the network was trained, or nothing says what it was. A row
-    that stands beside its source and beside its protocol's run comes once.
+    that stands beside its source and beside its protocol's run comes once, and so does what was evaluated again: the
+    newest counts.
     """
     rows: dict[tuple, dict[str, Any]] = {}
     for file in sorted(Path(folder).rglob("results.jsonl")):
         run = Run(file.parent) if (file.parent / "recipe.json").exists() else None
         for row in read_jsonl(file):
-            key = (row["source"], row["data"], row["protocol"], row["seed"], row["time"])
-            judged = run if run and Path(row.get("run", "")).resolve() != file.parent.resolve() else None
-            if key not in rows or judged:
+            place = Path(row.get("run", file.parent)).resolve()
+            key = (row["source"], row["data"], row["protocol"], row["seed"], place)
+            judged = run if run and ("run" not in row or place != file.parent.resolve()) else None
+            if key not in rows or (row["time"], judged is not None) >= (rows[key]["time"], "judged" in rows[key]):
                 rows[key] = {**row, **(_of_run(judged, row) if judged else {}), "file": str(file)}
     return sorted(rows.values(), key=lambda row: row["time"], reverse=True)
 
 
 def _of_run(run: Run, row: Mapping[str, Any]) -> dict[str, Any]:
     recipe, trained = run.recipe, [start.get("code") for start in run.provenance()]
-    return {"method": recipe.method, "recipe": recipe.name, "epochs": recipe.epochs, "backbone": recipe.backbone,
+    done = row["step"] / row["total"] if row.get("total") else 1  # of a run that was judged before it was done
+    return {"method": recipe.method, "recipe": recipe.name, "backbone": recipe.backbone,
+            "epochs": recipe.epochs if done == 1 else round(done * recipe.epochs, 1),
             "batch": recipe.total_batch, "judged": str(run.path), "trained_seed": run.seed,
             "baseline": row["source"] != run.path.name,
             "stale": not trained or set(trained) != {code_of(recipe.method)}}
@@ -107,7 +111,8 @@ def side_by_side(ours: Sequence[Mapping[str, Any]], metric: str = "top1") -> str
     """A table to read: method, epochs, protocol, what is published for them (with a * where sources disagree), and what
     was measured: the mean over seeds, how many, and "stale" where the method's code has changed since.
 
-    Numbers stand in one line only if method and protocol agree; what else differs (data, epochs) is written out.
+    Numbers stand in one line only if method and protocol agree, so nothing stands beside a protocol that was changed;
+    what else differs (data, epochs) is written out.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in ours:
@@ -118,7 +123,7 @@ def side_by_side(ours: Sequence[Mapping[str, Any]], metric: str = "top1") -> str
         mean = sum(row[metric] for row in rows) / len(rows)
         stale = "  stale" if any(row["stale"] for row in rows) else ""
         theirs = published(method=method, protocol="knn", metric="top1 k20") if protocol == "knn k20 t0.07" else \
-            published(method=method, protocol=protocol.split(",")[0], metric=metric)
+            published(method=method, protocol=protocol, metric=metric)
         said = ", ".join(f"{p.value:g}{'*' if p.flag else ''} ({p.epochs} epochs)" for p in theirs)
         lines.append([method, str(epochs), Path(data).name, protocol, f"{mean:.1f}{stale}",
                       " ".join(sorted({str(row["trained_seed"]) for row in rows})), said or "–"])
