@@ -196,3 +196,17 @@ def test_a_decoder_of_another_method_is_not_called_missing(tmp_path, name):
     torch.save({"model": {"encoder.conv1.weight": torch.ones(2), name: torch.ones(2)}}, tmp_path / "full.pth")
     with pytest.raises(InputError, match="holds a decoder, but not MAE's"):
         painter(tmp_path / "full.pth")
+
+
+# Features side by side
+
+@pytest.mark.parametrize("count", [20, 21])
+def test_more_classes_than_a_legend_can_hold_leave_the_room_to_the_points(count):
+    """With the thousand of ImageNet there was nothing but a legend."""
+    features, labels = torch.randn(42, 8, generator=torch.Generator().manual_seed(0)), torch.arange(42) % count
+    classes = [f"class {c}" for c in range(count)]
+    for fig in (figures.embedding(features, labels, classes, "Test images"),
+                figures.embeddings({"a": features, "b": -features}, labels, classes)):
+        assert all(len(ax.collections) == count for ax in fig.axes)
+        assert bool(fig.axes[-1].get_legend()) == (count == 20)
+        assert fig.get_suptitle().endswith("\n21 classes: colours and markers repeat") == (count == 21)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .base import COLORS, MARKERS, grid, panels, picture
 
+NAMED = 20  # so many classes fit into a legend; the thousand of ImageNet would leave no room for the points
+
 
 def neighbours(images, features: Tensor, queries: Sequence[int], k: int = 8) -> Figure:
     """For each query its nearest images by cosine; the title of a neighbour is its similarity."""
@@ -24,13 +26,9 @@ def embedding(features: Tensor, labels: Tensor | None, classes: Sequence[str], t
     from sklearn.manifold import TSNE
 
     xy = TSNE(perplexity=min(30, len(features) // 4), init="pca", random_state=0).fit_transform(features.numpy())
-    fig, ((ax,),) = panels(1, 1, 6.5, 4.6, title or "Features in the plane (t-SNE)")
-    labels = torch.zeros(len(features)) if labels is None else labels
-    for c, name in enumerate(classes or ["images"]):
-        mine = labels.numpy() == c
-        ax.scatter(*xy[mine].T, s=14, alpha=0.7, color=COLORS[c % 8], marker=MARKERS[c % 10], label=name, lw=0)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    ax.set(xticks=[], yticks=[])
+    fig, ((ax,),) = panels(1, 1, 6.5, 4.6, (title or "Features in the plane (t-SNE)") + _repeated(classes))
+    _scatter(ax, xy, labels, classes, size=14)
+    _legend(ax, classes)
     return fig
 
 
@@ -38,16 +36,31 @@ def embeddings(features: Mapping[str, Tensor], labels: Tensor | None, classes: S
     """`embedding` for several features of the same images, side by side."""
     from sklearn.manifold import TSNE
 
-    fig, (axes,) = panels(1, len(features), 3.3 * len(features) + 1, 3.6, "The same images in the plane (t-SNE)")
+    fig, (axes,) = panels(1, len(features), 3.3 * len(features) + 1, 3.6,
+                          "The same images in the plane (t-SNE)" + _repeated(classes))
     for ax, (name, x) in zip(axes, features.items(), strict=True):
         xy = TSNE(perplexity=min(30, len(x) // 4), init="pca", random_state=0).fit_transform(x.numpy())
-        of = np.zeros(len(x)) if labels is None else np.asarray(labels)
-        for c, label in enumerate(classes or ["images"]):
-            ax.scatter(*xy[of == c].T, s=10, alpha=0.7, color=COLORS[c % 8], marker=MARKERS[c % 10], label=label, lw=0)
+        _scatter(ax, xy, labels, classes, size=10)
         ax.set_title(name, fontsize=10)
-        ax.set(xticks=[], yticks=[])
-    axes[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes[-1], classes)
     return fig
+
+
+def _scatter(ax, xy: np.ndarray, labels: Tensor | None, classes: Sequence[str], size: float) -> None:
+    of = np.zeros(len(xy)) if labels is None else np.asarray(labels)
+    for c, name in enumerate(classes or ["images"]):
+        ax.scatter(*xy[of == c].T, s=size, alpha=0.7, color=COLORS[c % 8], marker=MARKERS[c % 10], label=name, lw=0)
+    ax.set(xticks=[], yticks=[])
+
+
+def _legend(ax, classes: Sequence[str]) -> None:
+    if len(classes) <= NAMED:
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _repeated(classes: Sequence[str]) -> str:
+    """For a title, where there is no legend."""
+    return f"\n{len(classes):,} classes: colours and markers repeat" if len(classes) > NAMED else ""
 
 
 def confusion(truth: Tensor, guess: Tensor, names: Sequence[str], title: str = "") -> Figure:
