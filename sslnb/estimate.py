@@ -1,12 +1,16 @@
-"""Before a long run: how long, how much memory, and what holds it up? Measured on this machine, in twenty steps.
+"""Before a long run: how long, how much memory, and what holds it up? Measured on this machine, in a few steps.
 
     print(preflight(resolve("byol", data="/data/imagenet", epochs=300)))
 """
 
 import contextlib
 import io
+import itertools
+import math
+import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +18,21 @@ import torch
 
 from .bench import peak, wait
 from .checks import prepare
+from .methods.base import Method
 from .monitor import Meter
-from .recipes import Recipe
+from .optim import trainable
+from .reading import next_batch
+from .recipes import Recipe, method_numbers
+from .run import Run
 from .train import Trainer
 
 STEPS, FIRST = 20, 3  # measured, and steps before them that do not count: they find algorithms and fill caches
+LIMIT = 120  # seconds, for batches and steps beyond those that were asked for
+FEW = 4096  # images, or twice the clusters if that is more, that a method which works on all is timed with
 WAITS, FULL = 0.3, 0.9  # a larger share of waiting, or of the GPU's memory, gets a suggestion
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Preflight:
     """What one process with its batch does here. Times in seconds; `memory` in bytes, of the GPU, or of the process."""
 
@@ -35,6 +45,12 @@ class Preflight:
     available: int  # of the GPU, else 0
     processes: int
     epochs: float
+    measured: int  # steps
+    wanted: int  # steps, `measured` if there was time
+    once: float = 0.0  # what the method does with the images before the first step
+    again: float = 0.0  # and what it does with them before an epoch,
+    rounds: int = 0  # so many times
+    how: str = ""  # with which images this was timed, and as if who shared it
 
     @property
     def epoch(self) -> float:
@@ -42,7 +58,7 @@ class Preflight:
 
     @property
     def total(self) -> float:
-        return self.step * self.total_steps
+        return self.step * self.total_steps + self.once + self.rounds * self.again
 
     @property
     def suggestion(self) -> str:
@@ -58,56 +74,153 @@ class Preflight:
     def __str__(self) -> str:
         where = f"of {self.available / 2**30:.0f} GiB on the GPU" if self.available else "so far in this process"
         many = f" on each of {self.processes} processes like this one" if self.processes > 1 else ""
-        return (f"{1000 * self.step:,.0f} ms per step{many}, {self.images_per_s:,.0f} images/s here\n"
+        alone = "\nwithout what the others read meanwhile, and without their waiting for each other" * bool(many)
+        short = f" instead of {self.wanted}, for the time was up" * (self.measured < self.wanted)
+        parts = [f"{_duration(self.once)} before the first step"] * bool(self.once)
+        parts += [f"{self.rounds} x {_duration(self.again)} before epochs"] * bool(self.rounds)
+        images = f"\nof that {' and '.join(parts)}, in which the method works on the images{self.how}" * bool(parts)
+        return (f"{1000 * self.step:,.0f} ms per step{many}, {self.images_per_s:,.0f} images/s here, in "
+                f"{self.measured} steps{short}{alone}\n"
                 f"{_duration(self.epoch)} per epoch of {self.steps_per_epoch:,} steps, {_duration(self.total)} for "
-                f"{self.epochs:g} epochs, without what happens between them\n"
+                f"{self.epochs:g} epochs, without measuring and saving between them{images}\n"
                 f"peak memory {self.memory / 2**30:.2f} GiB {where}, {self.data_wait:.0%} of the time waiting for "
                 f"images\n{self.suggestion}")
 
 
 def preflight(recipe: Recipe | str, data: str | Path | None = None, *, steps: int = STEPS, precision: str = "auto",
               workers: int | str = "auto", compile: bool = False) -> Preflight:
-    """Train `steps` optimizer steps of the recipe in this process and throw them away.
+    """Train `steps` optimizer steps of the recipe in this process, or more, and throw them away.
 
-    A recipe for several processes is measured as one of them: its batch and accumulation, not the time in which they
-    wait for each other. Errors: InputError, as in `pretrain`, before any work.
+    What workers read ahead says nothing about the disk: as many batches as they may hold are taken away, and at least
+    as many are then trained with, unless that takes longer than LIMIT.
+    A recipe for several processes is measured as one of them: its batch and accumulation, and with workers "auto" its
+    share of the cores as if all were on this machine, not what the others read nor the time in which they wait for each
+    other. What a method does with all images before the first step or before epochs, such as clustering, is timed with
+    a few if they are many, and as if the processes shared it.
+    Errors: InputError, as in `pretrain`, before any work.
     """
     from . import methods
 
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), torch.random.fork_rng():
-        if isinstance(recipe, str):
-            recipe = methods.recipes(recipe)["demo"]
-        one = recipe.with_(gpus=1, force_accum=True)
-        run = prepare(one, data, Path(folder) / "run", precision=precision, workers=workers, compile=compile)
+    if isinstance(recipe, str):
+        recipe = methods.recipes(recipe)["demo"]
+    if data is not None:
+        recipe = recipe.with_(data=str(data))
+    recipe.steps_per_epoch(len(recipe.load()))  # one process alone may have images enough
+    one = recipe.with_(gpus=1, force_accum=True)
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), _one_of(recipe.gpus):
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = prepare(one, None, Path(folder) / "run", precision=precision, workers=workers, compile=compile)
+        held = 0
+        if torch.cuda.is_available():  # what the kernel did before is not this recipe's
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
         trainer = Trainer(run)
         try:
-            return _measured(trainer, recipe, min(steps, max(1, trainer.total - FIRST)))
+            work = _work_on_images(trainer, recipe)
+            return _measured(trainer, recipe, steps, held, work)
         finally:
             trainer.close()
 
 
-def _measured(trainer: Trainer, recipe: Recipe, steps: int) -> Preflight:
-    cuda = trainer.cuda
-    trainer.method.before_train(trainer.run)
-    meter, began, waited = Meter(trainer), 0.0, 0.0
-    for n in range(FIRST + steps):
-        if n % trainer.per_epoch == 0:
-            trainer.method.before_epoch(trainer.run, n // trainer.per_epoch)
-            trainer._seek(n)
-            batches = iter(trainer.loader)
-        if n == FIRST:
-            wait()
-            began, waited = time.perf_counter(), meter.waited
+@contextlib.contextmanager
+def _one_of(processes: int) -> Iterator[None]:
+    """As under torchrun: loaders, those of hooks too, and threads take one process's share of the cores."""
+    before = os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["LOCAL_WORLD_SIZE"] = before or str(processes)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def _measured(trainer: Trainer, recipe: Recipe, steps: int, held: int, work: dict) -> Preflight:
+    cuda, accum, workers = trainer.cuda, recipe.accum, trainer.loader.num_workers
+    ahead = workers * trainer.loader.prefetch_factor if workers else 0
+    batches, meter = _batches(trainer, hooks=not work), Meter(trainer)
+    for _ in range(FIRST - 1):
         trainer._step(batches, meter)
+    limit = time.monotonic() + LIMIT
+    for _ in range(ahead):
+        if time.monotonic() < limit:
+            next_batch(batches)
+    trainer._step(batches, meter)  # waits for workers that begin anew, if any did
+    # Workers often deliver all at once and then nothing for a while, hence whole rounds.
+    wanted = math.ceil(math.ceil(steps * accum / ahead) * ahead / accum) if ahead else steps
+    steps, wanted = (min(n, max(1, trainer.total - FIRST)) for n in (steps, wanted))
+    wait()
+    began, waited, limit, n = time.perf_counter(), meter.waited, time.monotonic() + LIMIT, 0
+    while n < steps or n < wanted and time.monotonic() < limit:
+        trainer._step(batches, meter)
+        n += 1
     wait()
     seconds = time.perf_counter() - began
     per_epoch = recipe.steps_per_epoch(len(trainer.images))
     available = torch.cuda.get_device_properties(0).total_memory if cuda else 0
     total = recipe.total_steps(per_epoch)
+    memory = peak(cuda) - held
+    if cuda and recipe.gpus > 1:  # DDP has a second copy of the gradients, its buckets
+        memory += sum(p.numel() * p.element_size() for p in trainable(trainer.method))
     return Preflight(
-        step=seconds / steps, steps_per_epoch=per_epoch, total_steps=total, data_wait=(meter.waited - waited) / seconds,
-        images_per_s=steps * recipe.batch * recipe.accum / seconds, available=available, processes=recipe.gpus,
-        memory=peak(cuda), epochs=total / per_epoch)
+        step=seconds / n, steps_per_epoch=per_epoch, total_steps=total, data_wait=(meter.waited - waited) / seconds,
+        images_per_s=n * recipe.batch * accum / seconds, available=available, processes=recipe.gpus, memory=memory,
+        epochs=total / per_epoch, measured=n, wanted=wanted, **work)
+
+
+def _batches(trainer: Trainer, hooks: bool) -> Iterator:
+    """Batches as `Trainer.fit` gets them, of one epoch after the other."""
+    for epoch in itertools.count():
+        if hooks:
+            trainer.method.before_epoch(trainer.run, epoch)
+        trainer._seek(epoch * trainer.per_epoch)
+        yield from trainer.loader
+
+
+def _work_on_images(trainer: Trainer, recipe: Recipe) -> dict:
+    """Call before_train, and before_epoch until it asked for the images twice: how long they take; {} if none asks.
+
+    The second time counts, since the first finds algorithms. A method with a memory of all images may work on all of
+    them: where they are many a twin of it does, which knows of a few.
+    """
+    run, method, images, asked, share, how = trainer.run, trainer.method, trainer.images, [], 1.0, ""
+    if not any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("before_train", "before_epoch")):
+        return {}
+    numbers = {**method_numbers(recipe.method), **recipe.numbers}
+    if "images" in numbers:
+        n = min(len(images), max(FEW, 2 * numbers.get("clusters", 0)))
+        share = len(images) / n / recipe.gpus
+        how = f", as if {recipe.gpus} processes shared it" * (recipe.gpus > 1)
+        if n < len(images):
+            how += f", timed with {n:,} of {len(images):,} and without the memory for the others"
+            print(f"{recipe.method} may work on all images: this is timed with {n:,} of them.", flush=True)
+            own = {"images": n, "min_cluster": 1}  # ODC wants so many images for a cluster, but only later
+            method = run.recipe.with_(**{k: v for k, v in own.items() if k in numbers}).build()
+            method.to(trainer.device, memory_format=torch.channels_last)
+            images = images.subset(torch.randperm(len(images))[:n].sort().values)
+    seen = run.recipe
+    object.__setattr__(seen, "load", lambda split="train": asked.append(split) or images)
+    noting = type("Noting", (Run,), {"recipe": seen})(run.path)
+
+    def timed(hook, *args) -> float:
+        wait()
+        start = time.perf_counter()
+        hook(noting, *args)
+        wait()
+        return time.perf_counter() - start
+
+    once = timed(method.before_train) * bool(asked)
+    if not asked and method is not trainer.method:
+        trainer.method.before_train(run)
+    per_epoch = recipe.steps_per_epoch(len(trainer.images))
+    epochs, epoch, looks = math.ceil(recipe.total_steps(per_epoch) / per_epoch), 0, []
+    while epoch < epochs and len(looks) == min(epoch, 1):
+        before = len(asked)
+        seconds = timed(method.before_epoch, epoch)
+        looks += [(epoch, seconds)] * (len(asked) > before)
+        epoch += 1
+    rounds = math.ceil(epochs / (looks[1][0] if len(looks) == 2 else epochs))  # the first is before epoch 0
+    again = {"again": share * looks[-1][1], "rounds": rounds} if looks else {}
+    return {"once": share * once, "how": how, **again} if asked else {}
 
 
 def _duration(seconds: float) -> str:
