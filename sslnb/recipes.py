@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from . import limits
 from .errors import InputError, unknown
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -72,24 +74,21 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            limits.check(f.name, getattr(self, f.name))
+        limits.check_ours(self.method, self.numbers)
         for name in ("numbers", "backbone_numbers", "sources", "published"):  # a frozen object must not change inside
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-        for name in ("size", "epochs", "batch", "gpus", "accum"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} {value!r} is impossible: use a whole number of at least 1.")
-        if not isinstance(self.chunk, int) or self.chunk < 0:
-            raise InputError(f"chunk {self.chunk!r} is impossible: use a number of images, or 0 for the whole batch.")
-        for name in ("lr", "weight_decay", "warmup_epochs", "min_lr", "clip", "steps", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} {getattr(self, name)!r} is impossible: use a number of at least 0.")
         if self.warmup_epochs > self.epochs:
             # A short trial of a long recipe: keep the shape instead of training inside the warm-up only.
             object.__setattr__(self, "warmup_epochs", self.epochs / 10)
+        if self.min_lr > self.lr > 0:
+            raise InputError(f"min_lr {self.min_lr!r} is impossible: use a number of at most lr, {self.lr!r}.")
+        from .backbones import POOLS
         from .optim import OPTIMIZERS, SCHEDULES
 
         for kind, value, known in (("precision", self.precision, PRECISIONS), ("optimizer", self.optimizer, OPTIMIZERS),
-                                   ("schedule", self.schedule, SCHEDULES)):
+                                   ("schedule", self.schedule, SCHEDULES), ("pool", self.pool, POOLS)):
             if value not in known:
                 unknown(kind, value, known)
 
@@ -160,6 +159,8 @@ class Recipe:
         own = {k: v for k, v in changes.items() if k in fields}
         numbers = {k: v for k, v in changes.items() if k not in fields}
         known = method_numbers(self.method) if numbers else {}
+        for name, value in own.items():
+            limits.check(name, value)
         for name in numbers:
             if name not in known:
                 unknown(f"recipe value for {self.method}", name, [*fields, *known])
@@ -172,6 +173,11 @@ class Recipe:
         if self.milestones and length in own:  # a longer or shorter schedule keeps its shape
             scale = own[length] / getattr(self, length)
             own.setdefault("milestones", tuple(round(m * scale) for m in self.milestones))
+        if 0 < own.get("steps", 0) < self.warmup_steps:  # a short trial, as with epochs
+            own.setdefault("warmup_steps", own["steps"] // 10)
+        if own.get("warmup_epochs", 0) > own.get("epochs", self.epochs):
+            raise InputError(f"warmup_epochs {own['warmup_epochs']!r} is longer than the run, which has "
+                             f"{own.get('epochs', self.epochs)} epochs; use fewer, or train for longer.")
         if own.get("backbone", self.backbone) != self.backbone:
             own.setdefault("backbone_numbers", {})
         return dataclasses.replace(self, **own)
@@ -180,6 +186,8 @@ class Recipe:
         """The same total batch on other hardware: accumulates where the method allows it, else grows `batch`."""
         from . import methods
 
+        limits.check("gpus", gpus)
+        limits.check("batch", self.batch if batch is None else batch)
         method, total = methods.get(self.method), self.total_batch
         accumulable, chunks = method.accumulable or self.force_accum, method.chunks
         if batch is None:
@@ -189,7 +197,7 @@ class Recipe:
             raise InputError(f"A total batch of {total} cannot be split over {gpus} processes x {batch} images; "
                              "choose numbers that divide it.")
         if accum > 1 and not accumulable:
-            raise InputError(f"{self.method} must not accumulate: its loss compares the images of one batch, so "
+            raise InputError(f"{self.method} must not accumulate: it looks at all images of one batch together, so "
                              f"{int(accum)} batches of {batch} are another method than one of {total}. "
                              f"Use batch={total // gpus}{', with chunk=64 or so if its memory is too small,' * chunks} "
                              "or more processes, or force_accum=True if you mean it.")
@@ -199,8 +207,9 @@ class Recipe:
         """The method with a freshly initialised backbone, from torch's current random state."""
         from . import backbones, methods
 
-        backbone = backbones.build(self.backbone, self.size, **self.backbone_numbers)
-        return methods.get(self.method)(backbone, **self.numbers)
+        method = methods.get(self.method)
+        limits.check_fit(self.method, method, self.numbers)
+        return method(backbones.build(self.backbone, self.size, **self.backbone_numbers), **self.numbers)
 
     # ------------------------------------------------------------ shown and stored
 
@@ -250,7 +259,7 @@ def is_imagenet(data: str | Path) -> bool:
     """The name "imagenet", or a folder whose train/ (or itself) holds synset folders such as n01440764."""
     if str(data) == "imagenet":
         return True
-    root = Path(data)
+    root = Path(os.path.expanduser(data))  # as `load` does
     train = root / "train" if (root / "train").is_dir() else root
     return train.is_dir() and sum(bool(re.fullmatch(r"n\d{8}", p.name)) for p in train.iterdir()) >= 1000
 
@@ -264,6 +273,10 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
     """
     from . import methods
 
+    data = str(data) if isinstance(data, Path) else data
+    limits.check("data", data)
+    if processes != "auto":
+        limits.check("processes", processes)
     changes = {k: v for k, v in changes.items() if not (isinstance(v, str) and v == "auto")}
     known = methods.recipes(method)
     if recipe == "auto":
@@ -271,12 +284,13 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
         if data != "auto" and is_imagenet(data) and rows:
             chosen = next((r for r in rows if r.epochs == changes.get("epochs")), rows[0])
         else:
-            chosen = known["demo"]
+            chosen = known["demo"] if "demo" in known else unknown(f"recipe of {method}", "demo", known)
     elif recipe in known:
         chosen = known[recipe]
     else:
         unknown(f"recipe of {method}", recipe, known)
     if data != "auto":
-        changes["data"] = str(data)
+        changes["data"] = data
     chosen = chosen.with_(**changes, sources={**chosen.sources, **dict.fromkeys(changes, "you")})
-    return chosen if processes == "auto" or processes == chosen.gpus else chosen.on(int(processes))
+    limits.check_fit(method, methods.get(method), chosen.numbers)
+    return chosen if processes in ("auto", chosen.gpus) else chosen.on(processes)

@@ -1,14 +1,17 @@
 """Recipes: the zoo's rows with their real shapes, names that cannot lie, and changes that keep what must be kept."""
 
 import re
+from math import inf, nan
 
 import numpy as np
 import pytest
 import torch
 
-from sslnb import methods
+from sslnb import evaluate, limits, methods
+from sslnb.checks import prepare
 from sslnb.errors import InputError
 from sslnb.recipes import Recipe, is_imagenet, method_numbers, resolve
+from sslnb.trial import try_out
 
 ALL = [(m, name) for m in methods.METHODS for name in methods.recipes(m)]
 ZOO = [(m, name) for m, name in ALL if name != "demo"]
@@ -187,8 +190,8 @@ def test_what_is_held_out_is_not_trained_on():
         recipe.with_(hold_out=0.0).load().items.reshape(1300, -1), axis=0)) > 1290
     tenth = recipe.with_(fraction=0.1)
     assert len(tenth.load()) + len(tenth.load("held out")) == pytest.approx(130, abs=3)
-    with pytest.raises(InputError, match="A part of 1.5 cannot be held out"):
-        recipe.with_(hold_out=1.5).load()
+    with pytest.raises(InputError, match="hold_out 1.5 is impossible"):
+        recipe.with_(hold_out=1.5)
 
 
 def test_another_length_keeps_the_shape_of_the_steps():
@@ -198,3 +201,144 @@ def test_another_length_keeps_the_shape_of_the_steps():
     assert r.with_(lr=1.0).milestones == (120, 160)
     counted = r.with_(steps=1000, milestones=(600, 800))
     assert counted.with_(steps=10).milestones == (6, 8)
+
+
+# ---------------------------------------------------------------- wrong values
+
+
+PAIR = "use two numbers, one per view, such as"
+WRONG = [  # method, what is changed, what the sentence says beside "NAME VALUE is impossible"
+    ("byol", "lr", inf, "at least 0"), ("byol", "lr", "0.1", "at least 0"), ("byol", "lr", None, "at least 0"),
+    ("byol", "lr", 10**400 * -1, "at least 0"), ("byol", "weight_decay", inf, "at least 0"),
+    ("byol", "weight_decay", "x", "at least 0"), ("byol", "betas", (2, 2), "below 1"), ("byol", "betas", 0.9, "two"),
+    ("simclr", "sgd_momentum", -1.0, "below 1"), ("simclr", "sgd_momentum", nan, "below 1"),
+    ("byol", "warmup_epochs", inf, "at least 0"), ("byol", "warmup_epochs", 61, "longer than the run, which has 60"),
+    ("byol", "warmup_from", -3.0, "from 0 to 1"), ("byol", "steps", 1.5, "whole"), ("byol", "steps", inf, "whole"),
+    ("byol", "min_lr", 1.0, "at most lr"), ("byol", "milestones", 5, "(60, 80)"),
+    ("byol", "milestones", (8, 6), "rise"), ("byol", "gamma", nan, "from 0 to 1"), ("byol", "clip", True, "at least 0"),
+    ("byol", "chunk", 1.5, "whole"), ("byol", "pool", "avg", "Known: cls, mean, model"),
+    ("byol", "fraction", 2, "None for all"), ("byol", "hold_out", nan, "below 1"), ("byol", "epochs", "60", "whole"),
+    ("byol", "batch", True, "whole"), ("byol", "backbone", 3, "name"), ("byol", "data", 5, "name"),
+    ("byol", "force_accum", "no", "True or False"), ("byol", "numbers", 5, "dictionary"),
+    ("byol", "numbers", {"typo": 1}, "Unknown number of byol 'typo'"),
+    ("byol", "numbers", {"momentun": 1}, "did you mean 'momentum'"), ("byol", "precision", None, "Known: bf16"),
+    ("byol", "momentum", 1.5, "from 0 to 1"), ("byol", "momentum", nan, "from 0 to 1"),
+    ("npid", "momentum", "0.9", "from 0 to 1"), ("byol", "crop", 0.5, "smaller first"),
+    ("mae", "crop", (0.5, 0.2), "smaller first"), ("byol", "crop", (0, 0), "smaller first"),
+    ("byol", "crop", (2, 3), "smaller first"), ("swav", "small_crop", (nan, 1.0), "smaller first"),
+    ("byol", "flip", 7, "from 0 to 1"), ("byol", "jitter", -1, "at least 0"), ("odc", "jitter", nan, "at least 0"),
+    ("byol", "hue", 0.9, "from 0 to 0.5"), ("byol", "blur", 0.5, PAIR), ("mocov3", "solarize", 0.1, PAIR),
+    ("simclr", "blur", (1.0, 0.1), "use one number, such as 0.5"), ("byol", "blur", (1.0, 0.1, 0.3), "two of them"),
+    ("byol", "pad", -3, "at least 0"), ("byol", "hidden_dim", -1, "at least 1"), ("byol", "dim", 2.5, "at least 1"),
+    ("simclr", "temperature", 0.0, "above 0"), ("simclr", "temperature", -1, "above 0"),
+    ("mocov2", "queue", 0, "at least 1"), ("mocov2", "bn_images", 0, "at least 1"), ("swav", "queue", -1, "at least 0"),
+    ("swav", "prototypes", 0, "at least 1"), ("npid", "negatives", 0, "at least 1"), ("odc", "every", 0, "at least 1"),
+    ("barlowtwins", "lambd", nan, "at least 0"), ("relative_loc", "dropout", 2.0, "from 0 to 1"),
+    ("simmim", "mask_ratio", nan, "between 0 and 1"), ("byol", "predict", 1, "True or False"),
+    ("maskfeat", "predict", True, "a text"), ("byol", "processes", 0, "at least 1"),
+    ("byol", "processes", "two", "at least 1"), ("byol", "processes", 2.5, "at least 1")]
+
+
+@pytest.mark.parametrize("method, name, value, words", WRONG)
+def test_a_wrong_value_is_refused_by_name_when_it_is_given(method, name, value, words):
+    with pytest.raises(InputError) as caught:
+        resolve(method, **{name: value})
+    said = str(caught.value)
+    assert words in said and "\n" not in said
+    assert f"{name} {value!r} is " in said or said.startswith("Unknown")
+
+
+@pytest.mark.parametrize("protocol, name, value, words", [
+    ("linear_demo", "pool", "avg", "Known: cls, mean, model"), ("linear_demo", "resize", 0, "above 0"),
+    ("finetune_demo", "smoothing", 1.0, "below 1"), ("finetune_demo", "layer_decay", nan, "from 0 to 1"),
+    ("multihead_demo", "lighting", -0.1, "at least 0"), ("detect_demo", "anchors", 32, "(64, 128)"),
+    ("detect_demo", "proposals", (1, 2), "four")])
+def test_so_are_those_of_protocols(protocol, name, value, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        evaluate.RECIPES[protocol].with_(**{name: value})
+
+
+@pytest.mark.parametrize("method, changes, words", [
+    ("mocov2", {"queue": 1000}, "no multiple of the total batch of 64; use queue=1024"),
+    ("maskfeat", {"mask_ratio": 0.005}, "0 of 49 cells cannot be masked"),
+    ("mae", {"decoder_heads": 5}, "mae on vit_mini at 28 px cannot be built with decoder_heads 5 (AssertionError: dim"),
+    ("byol", {"backbone_numbers": {"typo": 1}}, "cannot be built with typo 1 (TypeError"),
+    ("byol", {"batch": 1}, "batch 1 is too small for byol"), ("byol", {"pool": "cls"}, "resnet_mini, which has no tok"),
+    ("simclr", {"optimizer": "sgd", "sgd_momentum": 0.0, "nesterov": True}, "Nesterov momentum requires a momentum"),
+    ("byol", {"warmup_steps": 10**6}, "warmup_steps 1,000,000 is longer than the run, which has 1,200 steps")])
+def test_what_only_building_tells_is_told_before_there_is_a_run(tmp_path, method, changes, words):
+    before = torch.get_rng_state()
+    with pytest.raises(InputError) as caught:
+        prepare(resolve(method, **changes), out=tmp_path / "run")
+    assert words in str(caught.value) and "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("setting", [{"workers": -1}, {"workers": "many"}, {"workers": 1.5}, {"seed": "x"},
+                                     {"seed": 1.5}, {"seed": 2**70}, {"processes": 0}, {"processes": True},
+                                     {"compile": "no"}, {"resume": 0}, {"data": 3}])
+def test_how_a_run_is_trained_is_checked_before_there_is_one(tmp_path, setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=f"^{name} {value!r} is impossible: use a |^{name} {value!r} .* True or False"):
+        prepare("byol", out=tmp_path / "run", **setting)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_recipe_keeps_the_limits_and_every_number_has_one():
+    rows = [r for m in methods.METHODS for r in methods.recipes(m).values()] + list(evaluate.RECIPES.values())
+    for r in rows:
+        limits.check_fit(r.method, methods.get(r.method), r.numbers)
+        assert Recipe.from_json(r.to_json()) == r
+        defaults = method_numbers(r.method)
+        limits.check_ours(r.method, defaults)
+        assert all(name in limits.NUMBERS or f"{r.method}.{name}" in limits.NUMBERS for name in defaults)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_every_demo_passes_the_trial(method):
+    try_out(methods.recipes(method)["demo"], 100)
+
+
+def test_what_is_not_wrong_stays_allowed():
+    assert resolve("byol", lr=0.0).lr == 0 and resolve("byol", momentum=1).numbers["momentum"] == 1
+    assert resolve("byol", crop=[0.5, 1.0]).numbers["crop"] == [0.5, 1.0], "papermill's tuples are lists"
+    assert resolve("mocov2", hidden_dim=0).build() and resolve("swav", iterations=0, small_views=0)
+    short = evaluate.RECIPES["detect_demo"].with_(steps=10)
+    assert (short.warmup_steps, short.milestones) == (1, (7, 9))
+    try_out(methods.recipes("simclr")["demo"].with_(batch=1, gpus=2), 100)  # batch norm spans the processes
+
+
+OWN = """
+from sslnb.methods.byol import BYOL
+from sslnb.recipes import Recipe, resolve
+
+
+class Mine(BYOL):
+    def __init__(self, backbone, *, momentum: float = 0.5, queue: str = "long", **numbers):
+        super().__init__(backbone, momentum=momentum, hidden_dim=32, dim=16)
+
+
+RECIPES = {"demo": resolve("byol").with_(method=%r, numbers={"momentum": 0.7})}
+"""
+
+
+def test_a_copied_file_that_still_names_our_method_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for named in ("byol", "nowhere.py:Mine"):
+        (tmp_path / "copied.py").write_text(OWN % named + " " * len(named))
+        with pytest.raises(InputError, match=f"Recipe 'demo' of copied.py:Mine names another method, '{named}'; write "
+                                             "method='copied.py:Mine' in it."):
+            methods.recipes("copied.py:Mine")
+    (tmp_path / "own.py").write_text(OWN % "own.py:Mine")
+    for name in ("own.py:Mine", f"{tmp_path}/own.py:Mine"):  # one file by two names
+        assert resolve(name).numbers["momentum"] == 0.7
+    assert resolve("own.py:Mine", queue="short").build(), "another number by a name of ours"
+    with pytest.raises(InputError, match="momentum 1.5 is impossible"):
+        resolve("own.py:Mine", momentum=1.5)
+
+
+def test_imagenet_below_the_home_folder_is_imagenet(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for i in range(1000):
+        (tmp_path / "imagenet" / "train" / f"n{i:08d}").mkdir(parents=True)
+    assert is_imagenet("~/imagenet") and resolve("byol", data="~/imagenet").backbone == "resnet50"

@@ -40,7 +40,20 @@ def get(name: str) -> type[Method]:
 def recipes(name: str) -> dict:
     """The recipes of a method, "demo" first. A file of two methods holds one dictionary for each."""
     found = _module(name).RECIPES
-    return found.get(name, found)
+    found = found.get(name, found)
+    if ":" in name:  # a copy of our file may still name our class, which would be trained in its place
+        for key, recipe in found.items():
+            if not _same_class(recipe.method, name):
+                raise InputError(f"Recipe {key!r} of {name} names another method, {recipe.method!r}; write "
+                                 f"method={name!r} in it.")
+    return found
+
+
+def _same_class(one: str, other: str) -> bool:
+    try:
+        return get(one) is get(other)
+    except InputError:  # one is no method at all
+        return False
 
 
 def _module(name: str):

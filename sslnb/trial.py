@@ -1,0 +1,64 @@
+"""What only building a recipe, or a step of it, can tell: tried before a run has a directory, without memory."""
+
+import torch
+from PIL import Image
+
+from . import optim
+from .errors import InputError
+from .methods.base import Method
+from .parts import Queue
+from .recipes import Recipe
+
+
+def try_out(recipe: Recipe, total: int) -> None:
+    """Build the method, its optimizer and its views, and go forward once, on torch's meta device, which has shapes and
+    no numbers. `total`: optimizer steps of the run. Errors: InputError for all that does not fit together."""
+    if recipe.warmup_steps > total:
+        raise InputError(f"warmup_steps {recipe.warmup_steps:,} is longer than the run, which has {total:,} steps; use "
+                         "fewer, or train for longer.")
+    with torch.random.fork_rng(devices=[]):  # masks are drawn
+        try:
+            with torch.device("meta"):
+                method = recipe.build()
+                optim.build(method.param_groups(recipe), recipe)
+            views = method.views(recipe.size)
+            if method.monitored:  # not a protocol, whose images may bring boxes
+                views = views([Image.new("RGB", (recipe.size, recipe.size))])
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{recipe.method} on {recipe.backbone} at {recipe.size} px cannot be built with "
+                             f"{_numbers(recipe)} ({type(error).__name__}: {' '.join(str(error).split())}); change "
+                             "what that names.") from error
+        if method.monitored:
+            _step(method, recipe, views)
+    if recipe.pool != "model" and not hasattr(method.backbone, "num_prefix_tokens"):
+        raise InputError(f"pool {recipe.pool!r} is impossible for {recipe.backbone}, which has no tokens: use 'model'.")
+
+
+def _numbers(recipe: Recipe) -> str:
+    """What a caller changed; where nobody said so, all numbers."""
+    numbers = {**recipe.backbone_numbers, **recipe.numbers}
+    yours = {k: v for k, v in numbers.items() if recipe.sources.get(k) == "you" or k in recipe.backbone_numbers}
+    return ", ".join(f"{k} {v!r}" for k, v in (yours or numbers).items()) or "these numbers"
+
+
+def _step(method: Method, recipe: Recipe, views: list[torch.Tensor]) -> None:
+    """Forward in training: masks, queues and batch norms say what does not fit. Other errors only say that the device
+    has no numbers, or that the method's hooks have not run."""
+    rows = recipe.batch * (recipe.gpus if method.sync_bn else 1)
+    rows = next((few for few in range(2, rows) if rows % few == 0), rows)  # more tell no more, and cost MoCo 0.4 s
+    for queue in (module for module in method.modules() if isinstance(module, Queue)):
+        queue.enqueue(torch.empty(recipe.gpus * recipe.batch, queue.keys.shape[1], device="meta"))
+    try:
+        with torch.no_grad():
+            method([torch.empty(rows, *view.shape[1:], device="meta") for view in views],
+                   torch.zeros(rows, dtype=torch.long, device="meta"))
+    except InputError:
+        raise
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):  # torch's words
+            raise InputError(f"batch {recipe.batch} is too small for {recipe.method}: its batch norms need more than "
+                             "one image at a time; use 2 or more.") from error
+    except Exception:
+        return
