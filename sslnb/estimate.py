@@ -18,17 +18,16 @@ import torch
 
 from .bench import peak, wait
 from .checks import prepare
-from .methods.base import Method
 from .monitor import Meter
 from .optim import trainable
 from .reading import next_batch
 from .recipes import Recipe, method_numbers
-from .run import Run
 from .train import Trainer
 
 STEPS, FIRST = 20, 3  # measured, and steps before them that do not count: they find algorithms and fill caches
 LIMIT = 120  # seconds, for batches and steps beyond those that were asked for
 FEW = 4096  # images, or twice the clusters if that is more, that a method which works on all is timed with
+NOTICED = 0.02  # seconds: hooks that take less do not work on images
 WAITS, FULL = 0.3, 0.9  # a larger share of waiting, or of the GPU's memory, gets a suggestion
 
 
@@ -116,8 +115,7 @@ def preflight(recipe: Recipe | str, data: str | Path | None = None, *, steps: in
             held = torch.cuda.memory_allocated()
         trainer = Trainer(run)
         try:
-            work = _work_on_images(trainer, recipe)
-            return _measured(trainer, recipe, steps, held, work)
+            return _measured(trainer, recipe, steps, held, _hooks(trainer, recipe, Path(folder)))
         finally:
             trainer.close()
 
@@ -176,51 +174,40 @@ def _batches(trainer: Trainer, hooks: bool) -> Iterator:
         yield from trainer.loader
 
 
-def _work_on_images(trainer: Trainer, recipe: Recipe) -> dict:
-    """Call before_train, and before_epoch until it asked for the images twice: how long they take; {} if none asks.
-
-    The second time counts, since the first finds algorithms. A method with a memory of all images may work on all of
-    them: where they are many a twin of it does, which knows of a few.
-    """
-    run, method, images, asked, share, how = trainer.run, trainer.method, trainer.images, [], 1.0, ""
-    if not any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("before_train", "before_epoch")):
-        return {}
-    numbers = {**method_numbers(recipe.method), **recipe.numbers}
+def _hooks(trainer: Trainer, recipe: Recipe, folder: Path) -> dict:
+    """How long a method works on the images before the first step and before epochs, such as clustering; {} if it does
+    not. One with a memory of all images may work on all: where they are many, a method for a few of them does."""
+    run, method, numbers = trainer.run, trainer.method, {**method_numbers(recipe.method), **recipe.numbers}
+    many, share, how = len(trainer.images), 1.0, ""
+    enough = max(FEW, 2 * numbers.get("clusters", 0))
     if "images" in numbers:
-        n = min(len(images), max(FEW, 2 * numbers.get("clusters", 0)))
-        share = len(images) / n / recipe.gpus
-        how = f", as if {recipe.gpus} processes shared it" * (recipe.gpus > 1)
-        if n < len(images):
-            how += f", timed with {n:,} of {len(images):,} and without the memory for the others"
-            print(f"{recipe.method} may work on all images: this is timed with {n:,} of them.", flush=True)
-            own = {"images": n, "min_cluster": 1}  # ODC wants so many images for a cluster, but only later
-            method = run.recipe.with_(**{k: v for k, v in own.items() if k in numbers}).build()
-            method.to(trainer.device, memory_format=torch.channels_last)
-            images = images.subset(torch.randperm(len(images))[:n].sort().values)
-    seen = run.recipe
-    object.__setattr__(seen, "load", lambda split="train": asked.append(split) or images)
-    noting = type("Noting", (Run,), {"recipe": seen})(run.path)
+        share, how = 1 / recipe.gpus, f", as if {recipe.gpus} processes shared it" * (recipe.gpus > 1)
+    if "images" in numbers and many > enough and not recipe.fraction:
+        few = run.recipe.with_(fraction=enough / many)
+        n = len(few.load())
+        own = {"images": n, "min_cluster": 1}  # ODC wants so many images for a cluster, but only later
+        print(f"{recipe.method} may work on all images: this is timed with {n:,} of them.", flush=True)
+        how += f", timed with {n:,} of {many:,} and without the memory for the others"
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = prepare(few.with_(**{k: v for k, v in own.items() if k in numbers}), None, folder / "few")
+        method = run.recipe.build().to(trainer.device, memory_format=torch.channels_last)
+        share *= many / n
 
     def timed(hook, *args) -> float:
         wait()
         start = time.perf_counter()
-        hook(noting, *args)
+        hook(run, *args)
         wait()
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        return share * seconds if seconds > NOTICED else 0.0
 
-    once = timed(method.before_train) * bool(asked)
-    if not asked and method is not trainer.method:
-        trainer.method.before_train(run)
-    per_epoch = recipe.steps_per_epoch(len(trainer.images))
-    epochs, epoch, looks = math.ceil(recipe.total_steps(per_epoch) / per_epoch), 0, []
-    while epoch < epochs and len(looks) == min(epoch, 1):
-        before = len(asked)
-        seconds = timed(method.before_epoch, epoch)
-        looks += [(epoch, seconds)] * (len(asked) > before)
-        epoch += 1
-    rounds = math.ceil(epochs / (looks[1][0] if len(looks) == 2 else epochs))  # the first is before epoch 0
-    again = {"again": share * looks[-1][1], "rounds": rounds} if looks else {}
-    return {"once": share * once, "how": how, **again} if asked else {}
+    once = timed(method.before_train)
+    timed(method.before_epoch, 0)  # finds algorithms and fills caches
+    every = numbers.get("every", 1)
+    again = timed(method.before_epoch, every)
+    per_epoch = recipe.steps_per_epoch(many)
+    rounds = math.ceil(recipe.total_steps(per_epoch) / per_epoch / every) if again else 0
+    return {"once": once, "again": again, "rounds": rounds, "how": how} if once or again else {}
 
 
 def _duration(seconds: float) -> str:
