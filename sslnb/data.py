@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from errno import EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ from torch.utils.data import Dataset
 
 from .embedded import DEBIAN_FASHION_MNIST, EMBEDDED, FASHION_CLASSES, read_idx
 from .errors import InputError, unknown
-from .folders import EXTENSIONS, Listing, kept, listing, subfolders
+from .folders import EXTENSIONS, Listing, check_classes, kept, layout, listing, subfolders, with_images
 
 DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 NAMES = [*EMBEDDED, "clothes_in_photos", *DOWNLOADS, "imagenet", "imagenet100"]
 HELD_OUT = 0.1
+# What the system says about one file (Pillow: nothing). All else is about the machine: the next image would fare alike.
+OF_THE_FILE = {None, EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}
 
 
 class BrokenImage(InputError):
-    """An image that cannot be decoded; the message says which and why."""
+    """An image that cannot be decoded, or was removed; the message says which and why."""
 
 
 class Images(Dataset):
@@ -60,7 +63,7 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
          classes: str | Path | None = None, root: str | Path | None = None, seed: int = 0) -> Images:
     """A set of images by name, or by the path of a folder or list file (a Path is never taken for a name).
 
-    A folder has class folders, or images without labels, possibly below train/ and val/ (or else test/). A
+    A folder has class folders, or images without labels, possibly below train/ and val/ or valid/ (or else test/). A
     list file has one `path label` or `path` per line, relative to `root` or else to its own folder; train.txt and
     val.txt in a folder are one for each split. Where nothing splits labelled images, "test" is 10 % of each class
     drawn by `seed` and "train" is the rest, so use the same seed for both; without labels both are all images.
@@ -92,13 +95,21 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The image file in RGB, upright. Raises BrokenImage with the path and the reason."""
+    """The image file in RGB, upright. Raises BrokenImage with the path and the reason, if the file is to blame."""
     try:
         with Image.open(path) as image:
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
+    except MemoryError:
+        raise
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError and others
+        number = error.errno if isinstance(error, OSError) else None
+        if number not in OF_THE_FILE:
+            error.filename = error.filename or str(path)  # reading, unlike opening, does not say from where
+            raise
+        if number and not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"No image can be decoded from {path}: bring back its folder, or its disk.") from error
         raise BrokenImage(f"Cannot read image {path}: {error}") from error
 
 
@@ -129,20 +140,20 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
             return found
     if name in NAMES:
         folder = Path(root or os.environ.get("IMAGENET", "data/imagenet")).expanduser()
-        return _split_folder(folder, split, name)
+        return _split_folder(folder, split, name, layout(folder)[0])
     if path.is_file():
-        return _hold_out(_listed(path, Path(root or path.parent).expanduser(), split), seed)
+        return _hold_out(_listed(path, Path(root or path.parent).expanduser(), split, str(path)), seed)
     if not path.is_dir():
         unknown("data set (a name, or a path to a folder or list file that exists)", str(name), NAMES)
-    folders = set(known.folders) if known else subfolders(path)
-    splits = folders & {"train", "val", "test"}
-    # A class may be called "train": it is a split only beside another split, or when it is all there is.
-    if splits and (splits == folders or "train" in splits and len(splits) > 1):
-        return _split_folder(path, split, str(path))
+    parts, others = layout(path, known)
+    if parts and not others:
+        return _split_folder(path, split, str(path), parts)
     lists = path / "train.txt", path / "val.txt"
     if all(file.is_file() for file in lists):
-        return _listed(lists[split != "train"], Path(root or path).expanduser(), split)
-    return _hold_out(_folder(path, str(path), split, [], known), seed)
+        return _listed(lists[split != "train"], Path(root or path).expanduser(), split, str(path))
+    found = known or listing(path)
+    check_classes(path, found, parts, others)
+    return _hold_out(_folder(path, str(path), split, [], found), seed)
 
 
 def _downloaded(name: str, split: str, root: Path) -> Images:
@@ -171,33 +182,37 @@ def _fashion_mnist(split: str, folder: Path) -> Images:
     raise FileNotFoundError(folder)
 
 
-def _split_folder(root: Path, split: str, name: str) -> Images:
-    held = "val" if (root / "val").is_dir() else "test"  # val/ first: test/ is often published without labels
-    chosen = root / ("train" if split == "train" else held)
-    if not chosen.is_dir():
-        raise InputError(f"{name}: there is no folder {chosen.absolute()} for the split {split!r}: "
-                         "add it, or load another folder (for ImageNet: root= or the variable IMAGENET).")
+def _split_folder(root: Path, split: str, name: str, parts: dict[str, str]) -> Images:
+    held = "val" if "val" in parts else "test"  # val/ first: test/ is often published without labels
+    chosen = "train" if split == "train" else held
+    if chosen not in parts:
+        raise InputError(f"{name}: there is no folder {root.absolute() / chosen} for the split {split!r}, or no "
+                         "image in it: add it, or load another folder (for ImageNet: root= or the variable IMAGENET).")
     # Classes of both splits, so that both number them alike even where one split lacks a class.
-    parts = [root / part for part in ("train", held) if (root / part).is_dir()]
-    return _folder(chosen, name, split, sorted(set().union(*map(subfolders, parts))))
+    classes = {part: subfolders(root / parts[part]) for part in ("train", held) if part in parts}
+    folder = root / parts[chosen]
+    images = _folder(folder, name, split, sorted(set().union(*classes.values())), listing(folder))
+    if images.labels is None and "train" in parts and with_images(root / parts["train"], classes["train"]):
+        raise InputError(f"{folder}/ has no class folders, {parts['train']}/ has; sort its images into class folders.")
+    return images
 
 
-def _folder(folder: Path, name: str, split: str, classes: list[str], found: Listing | None = None) -> Images:
-    found = found or listing(folder)
+def _folder(folder: Path, name: str, split: str, classes: list[str], found: Listing) -> Images:
     if len(found.files) == 0:
         raise InputError(f"{folder} has no images ({' '.join(EXTENSIONS)}).")
     used = np.unique(found.owners)  # -1 first, for images in no folder
-    classes = classes or [found.folders[k] for k in used if k >= 0]
-    if classes and used[0] < 0:
+    own = [found.folders[k] for k in used if k >= 0]
+    if own and used[0] < 0:
         raise InputError(f"{folder} has {np.count_nonzero(found.owners < 0)} images beside class folders such as "
-                         f"{classes[0]}/: it must have only class folders, or only images.")
+                         f"{own[0]}/: it must have only class folders, or only images.")
+    classes = own and (classes or own)  # a split without folders has no labels, though another may have
     place = {c: k for k, c in enumerate(classes)}
     number = np.array([place.get(c, -1) for c in found.folders], dtype=np.int64)  # -1: no image is in it
     labels = number[found.owners] if classes else None
     return Images(name, split, found.files, root=folder, labels=labels, classes=classes)
 
 
-def _listed(file: Path, root: Path, split: str) -> Images:
+def _listed(file: Path, root: Path, split: str, name: str) -> Images:
     lines = _lines(file)
     pairs = [pair for pair in (line.rsplit(maxsplit=1) for line in lines) if pair[1:] and pair[1].isdecimal()]
     if pairs and len(pairs) < len(lines):
@@ -211,7 +226,7 @@ def _listed(file: Path, root: Path, split: str) -> Images:
         raise InputError(f"{file} names {len(missing)} files that are not in {root}, first {missing[0]!r}.")
     labels = [int(label) for _, label in pairs]
     classes = [str(k) for k in range(max(labels, default=-1) + 1)]
-    return Images(str(file), split, paths, root=root, labels=labels or None, classes=classes)
+    return Images(name, split, paths, root=root, labels=labels or None, classes=classes)
 
 
 def _lines(file: Path) -> list[str]:

@@ -6,16 +6,23 @@ folder. So a thousand folders are asked, and not their million files. What canno
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from .errors import InputError
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+HIDDEN = (".", "__MACOSX", "lost+found")  # so begin the names of what is neither an image nor a folder of images
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+          "testing": "test"}  # the first ones are preferred
 LONG = 20_000  # images: a shorter list is quicker made than missed
 SETTLED = 3 * 10**9  # ns: the times of some file systems are that coarse, so a younger change may hide a second one
 
@@ -50,7 +57,8 @@ def kept(folder: Path) -> Listing | None:
     try:
         with np.load(_place(folder)) as arrays:
             names = [os.fsdecode(name) for name in arrays["folders"]]
-            if any(_stamp(folder / name) != tuple(was) for name, was in zip(names, arrays["stamps"], strict=True)):
+            stamps = dict(zip(names, arrays["stamps"], strict=True))
+            if any(_stamp(os.stat(folder / name)) != tuple(was) for name, was in stamps.items()):
                 return None
             return Listing(arrays["files"], arrays["owners"], _own(names))
     except Exception:  # on damaged or foreign files numpy raises OSError, ValueError, KeyError, BadZipFile and others
@@ -60,25 +68,87 @@ def kept(folder: Path) -> Listing | None:
 def subfolders(folder: Path) -> set[str]:
     """Names of the folders in a folder, without hidden ones."""
     with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        return {entry.name for entry in entries if _is_folder(entry)}
 
 
-def _walk(folder: Path, prefix: str, stamps: dict[str, tuple]) -> list[str]:
-    """Paths of all images, unsorted, and in `stamps` every folder; no system call per file."""
-    stamps[prefix.rstrip("/")] = _stamp(folder)  # before it is read: a change in between is then seen next time
-    found = []
+def layout(folder: Path, found: Listing | None = None) -> tuple[dict[str, str], list[str]]:
+    """Which subfolders are splits by their names, as {"train": "Train", "val": "valid"}, and which others there are.
+
+    Only those with images count. Others are not looked for if there are none of these, or train and one to test with.
+    """
+    names = found.folders if found else sorted(subfolders(folder)) if folder.is_dir() else []
+    order = list(SPLITS)
+    named = sorted((name for name in names if name.lower() in SPLITS), key=lambda name: order.index(name.lower()))
+    parts = {SPLITS[name.lower()]: name for name in reversed(with_images(folder, named))}
+    if not parts or parts.keys() > {"train"}:
+        return parts, []
+    return parts, with_images(folder, [name for name in names if name.lower() not in SPLITS])
+
+
+def check_classes(folder: Path, found: Listing, parts: dict[str, str], others: list[str]) -> None:
+    """InputError if these may be splits: one called train/ is a class only among several without folders in them."""
+    # Of two, the other one may be what was held out; and whoever trains on that is never told.
+    if parts and (len(others) == 1 or any(file.count(b"/") > 1 for file in found.files.tolist())):
+        raise InputError(f"{folder} has {min(parts.values())}/ beside {others[0]}/, which may be splits or classes: "
+                         "call splits train/ and val/ (or test/), move classes into a folder train/, or load one of "
+                         "the folders.")
+
+
+def with_images(folder: Path, names: Collection[str]) -> list[str]:
+    """Those of these subfolders in which an image is, at any depth. Nothing is read after the first one."""
+    above = (_identity(os.stat(folder)),) if names else ()
+    return [name for name in names if _has_images(folder / name, above)]
+
+
+def _has_images(folder: Path, above: tuple) -> bool:
+    here, below = _identity(os.stat(folder)), []
+    if here in above:
+        return False
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith("."):
+            if _is_image(entry):
+                return True
+            if _is_folder(entry):
+                below.append(entry.name)
+    return any(_has_images(folder / name, (*above, here)) for name in below)
+
+
+def _walk(folder: Path, prefix: str, stamps: dict[str, tuple], above: tuple = ()) -> list[str]:
+    """Paths of all images, unsorted, and in `stamps` every folder; no system call per file."""
+    found, stat = [], os.stat(folder)  # before it is read: a change in between is then seen next time
+    if _identity(stat) in above:
+        return []  # a link to a folder that it lies in, whose images are there already
+    stamps[prefix.rstrip("/")], above = _stamp(stat), (*above, _identity(stat))
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_image(entry):
                 found.append(prefix + entry.name)
-            elif entry.is_dir() and not entry.name.startswith("."):
-                found += _walk(folder / entry.name, f"{prefix}{entry.name}/", stamps)
+            elif _is_folder(entry):
+                found += _walk(folder / entry.name, f"{prefix}{entry.name}/", stamps, above)
     return found
 
 
-def _stamp(folder: Path) -> tuple[int, int, int]:
+def _is_image(entry: os.DirEntry) -> bool:
+    """By its name. Folders may be called "a.jpg" too; what a link leads to is not asked, which takes a system call."""
+    return (entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(HIDDEN)
+            and not entry.is_dir(follow_symlinks=False))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return not entry.name.startswith(HIDDEN) and entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # else a link to itself, which leads to nothing
+            raise
+        return False
+
+
+def _identity(s: os.stat_result) -> tuple[int, int]:
+    return s.st_dev, s.st_ino
+
+
+def _stamp(s: os.stat_result) -> tuple[int, int, int]:
     """A folder's number and times. Not the first time alone: copying programs set it back when they are done."""
-    s = os.stat(folder)
     return s.st_ino % 2**63, s.st_mtime_ns, s.st_ctime_ns
 
 

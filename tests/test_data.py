@@ -1,8 +1,10 @@
 """Images by name, folder or list; every file format; parts of a set; and what each process of a run reads."""
 
+import errno
 import gzip
 import pickle
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 from sslnb import data
 from sslnb.data import BrokenImage, Images, load, read_image
 from sslnb.errors import InputError
-from sslnb.reading import EpochSampler, ViewSet, draw_seed
+from sslnb.reading import EpochSampler, ViewSet, draw_seed, next_batch
 
 
 @pytest.fixture(scope="module")
@@ -145,17 +147,101 @@ def test_class_folders_hold_out_a_tenth_of_each_class(tmp_path, digits):
     assert all(int(name[0]) == label for name, label in zip(names(train), train.labels, strict=True))
 
 
-@pytest.mark.parametrize("held", ["val", "test"])
-def test_split_folders_are_used_as_they_are(tmp_path, digits, held):
-    write_classes(tmp_path / "train", digits)
+@pytest.mark.parametrize("train, held", [("train", "val"), ("train", "test"), ("train", "valid"), ("Train", "Val"),
+                                         ("train", "validation"), ("training", "Testing")])
+def test_split_folders_are_used_as_they_are(tmp_path, digits, train, held):
+    write_classes(tmp_path / train, digits)
     write_classes(tmp_path / held, digits, each=3)
     assert len(load(tmp_path)) == 30 and len(load(tmp_path, "test")) == 9
+    assert load(tmp_path).classes == load(tmp_path, "test").classes == list("012")
+
+
+def test_one_of_several_folders_to_test_with_is_taken(tmp_path, digits):
+    write_classes(tmp_path / "train", digits)
+    for each, part in enumerate(("test", "validation", "valid", "val"), start=2):
+        write_classes(tmp_path / part, digits, each=each)
+        assert len(load(tmp_path, "test")) == 3 * each and len(load(tmp_path)) == 30
+
+
+def test_folders_without_images_do_not_count(tmp_path, digits):
+    write_classes(tmp_path / "train", digits)
+    for path in ("__MACOSX/train/._0.png", "docs/more/notes.txt", ".cache/0.png", "lost+found/0.png", "val/readme"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    (tmp_path / "docs" / "back").symlink_to("..")
+    (tmp_path / "empty").mkdir()
+    assert load(tmp_path).classes == list("012") and len(load(tmp_path)) == 30
+    with pytest.raises(InputError, match="no folder .*test for the split 'test', or no image in it"):
+        load(tmp_path, "test")
+    for c in "012":
+        (tmp_path / "train" / c).rename(tmp_path / c)
+    assert load(tmp_path).classes == list("012"), "an empty train/ is no class and no split"
 
 
 def test_a_class_may_be_called_train(tmp_path, digits):
-    write_classes(tmp_path, digits, "01")
+    write_classes(tmp_path, digits, "012")
     (tmp_path / "0").rename(tmp_path / "train")
-    assert load(tmp_path).classes == ["1", "train"]
+    assert load(tmp_path).classes == ["1", "2", "train"]
+    (tmp_path / "of two").mkdir()
+    for c in ("1", "train"):
+        shutil.copytree(tmp_path / c, tmp_path / "of two" / "train" / c)
+    assert load(tmp_path / "of two").classes == ["1", "train"]
+
+
+@pytest.mark.parametrize("part, folders", [
+    ("train", ("a/0", "train/0")), ("train", ("a", "train")), ("train", ("a/0", "b/0", "train")),
+    ("train", ("a", "b", "train/0")), ("val", ("a/0", "val/0")), ("Valid", ("a", "Valid")),
+    ("Test", ("a/0", "b", "Test"))])
+def test_nobody_is_trained_on_what_may_be_held_out(tmp_path, digits, part, folders):
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(3):
+            digits[i].save(tmp_path / folder / f"{i}.png")
+    for split in ("train", "test"):
+        with pytest.raises(InputError, match=f"{tmp_path} has {part}/ beside a/, .*: call splits train/ and val/"):
+            load(tmp_path, split)
+    assert len(load(tmp_path / part)) in (2, 3), "one of the folders, with or without labels"
+
+
+def test_a_split_may_be_without_labels(tmp_path, digits):
+    write_classes(tmp_path / "val", digits, each=3)
+    (tmp_path / "train" / "nothing in it").mkdir(parents=True)
+    for i in range(4):
+        digits[i].save(tmp_path / "train" / f"{i}.png")
+    train, test = load(tmp_path), load(tmp_path, "test")
+    assert len(train) == 4 and train.labels is None and train.classes == []
+    assert test.labels.bincount().tolist() == [3, 3, 3] and {"0", "1", "2"} <= set(test.classes)
+    (tmp_path / "train").rename(tmp_path / "t")
+    (tmp_path / "val").rename(tmp_path / "train")
+    (tmp_path / "t").rename(tmp_path / "val")
+    assert load(tmp_path).labels.bincount().tolist() == [3, 3, 3]
+    with pytest.raises(InputError, match="/val/ has no class folders, train/ has; sort its images into class folders"):
+        load(tmp_path, "test")
+    write_classes(tmp_path / "val", digits, "1")
+    with pytest.raises(InputError, match="val has 4 images beside class folders such as 1/"):
+        load(tmp_path, "test")
+    shutil.rmtree(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    digits[0].save(tmp_path / "train" / "0.png")
+    shutil.rmtree(tmp_path / "val" / "1")
+    assert load(tmp_path, "test").labels is None, "as in train/"
+
+
+def test_links_that_lead_back_and_folders_named_as_images(tmp_path, digits):
+    write_classes(tmp_path / "set", digits, "01")
+    (tmp_path / "set" / "0").rename(tmp_path / "set" / "x.jpg")
+    (tmp_path / "set" / "1" / "y.png").mkdir()
+    digits[0].save(tmp_path / "set" / "1" / "y.png" / "0.png")
+    for name, to in (("1/back", ".."), ("1/y.png/here", "."), ("1/self", "self"), ("1/self.png", "self.png")):
+        (tmp_path / "set" / name).symlink_to(to)
+    (tmp_path / "set" / "1" / "self.png").unlink()
+    train, test = (load(tmp_path / "set", split) for split in ("train", "test"))
+    assert train.classes == ["1", "x.jpg"] and len(train) + len(test) == 10 + 11, "each image once"
+    assert {*names(train), *names(test)} >= {"0.png"} and all(image.size == (8, 8) for image in train)
+    (tmp_path / "linked").mkdir()
+    for c in "ab":
+        (tmp_path / "linked" / c).symlink_to(tmp_path / "set" / "x.jpg")
+    assert len(load(tmp_path / "linked")) == 18, "links elsewhere are followed"
 
 
 def test_a_flat_folder_has_no_labels_and_extensions_have_no_case(tmp_path, digits):
@@ -214,6 +300,18 @@ def test_list_files_allow_spaces_and_labels(tmp_path, digits):
         load(file)
     with pytest.raises(InputError, match="cannot be read as a list file"):
         load(tmp_path / lines[0])
+
+
+def test_lists_in_a_folder_are_loaded_by_the_folder(tmp_path, digits):
+    write_classes(tmp_path / "pictures", digits, "01")
+    write_classes(tmp_path / "train", digits, "0", each=1)  # no reason to doubt what the lists say
+    paths = sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "pictures").rglob("*.png"))
+    for part, lines in (("train", paths[4:]), ("val", paths[:4])):
+        (tmp_path / f"{part}.txt").write_text("\n".join(f"{line} {line[9]}" for line in lines))
+    for split, n in (("train", 16), ("test", 4)):
+        images = load(str(tmp_path), split)
+        assert len(images) == n and images.name == str(tmp_path), "a name that loads both splits, also elsewhere"
+    assert load(tmp_path / "val.txt").name == str(tmp_path / "val.txt")
 
 
 # Decoding
@@ -334,8 +432,62 @@ def test_broken_images_are_replaced_and_marked(tmp_path, digits):
     assert crops[0][3].equal(crops[0][0])
     assert crops[0][4].equal(crops[0][0]), "the search goes on at the first image"
     bad = ViewSet(images.subset([3, 4]), crop)
-    with pytest.raises(InputError, match="No image can be decoded from .*3.jpg"):
+    with pytest.raises(InputError, match="No image can be decoded from .*3.jpg .*: restore .*4.jpg: Trunc"):
         bad[(0, 1)]
+
+
+def test_an_image_that_was_removed_is_replaced_but_not_a_folder(tmp_path, digits):
+    images = load(write_classes(tmp_path / "set", digits, "01"))
+    gone, other = Path(images.where(2)), Path(images.where(10))
+    gone.unlink()
+    with pytest.raises(BrokenImage, match=f"{gone.name}: .*No such file"):
+        images[2]
+    _, index, _, broken = ViewSet(images, crop)[(2, 0)]
+    assert (index, broken) == (3, 2)
+    shutil.move(other.parent, tmp_path / "away")
+    with pytest.raises(InputError, match=f"No image can be decoded from {other}: bring back its folder") as caught:
+        ViewSet(images, crop)[(10, 0)]
+    assert not isinstance(caught.value, BrokenImage)
+    (tmp_path / "away").rename(other.parent)
+    assert ViewSet(images, crop)[(10, 0)][1] == 10
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO, errno.ENOMEM, errno.ENOTCONN])
+def test_what_the_machine_lacks_is_not_blamed_on_an_image(tmp_path, digits, monkeypatch, number):
+    images = load(write_classes(tmp_path, digits, "01"))
+
+    def fails(*args):
+        raise OSError(number, "the reason")
+    for where in ("sslnb.data.Image.open", "PIL.ImageFile.ImageFile.load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, fails)
+            for get in (images.__getitem__, lambda i: ViewSet(images, crop)[(i, 0)],
+                        lambda i: next_batch(iter(DataLoader(ViewSet(images, crop), sampler=[(i, 0)])))):
+                with pytest.raises(OSError, match=f"the reason: '{images.where(3)}'") as caught:
+                    get(3)
+                assert caught.value.errno == number
+    assert ViewSet(images, crop)[(3, 0)][1] == 3
+
+
+def test_want_of_memory_is_not_blamed_on_an_image(tmp_path, digits, monkeypatch):
+    images = load(write_classes(tmp_path, digits, "01"))
+
+    def fails(*args):
+        raise MemoryError
+    monkeypatch.setattr(data, "to_rgb", fails)
+    with pytest.raises(MemoryError):
+        ViewSet(images, crop)[(3, 0)]
+
+
+def test_a_loader_process_says_what_the_machine_lacks(tmp_path, digits, monkeypatch):
+    images = load(write_classes(tmp_path, digits, "01"))
+
+    def fails(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+    monkeypatch.setattr("sslnb.data.Image.open", fails)
+    loader = DataLoader(ViewSet(images, crop), sampler=[(3, 0)], num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(OSError, match=f"(?s)in DataLoader worker process.*Too many open files: '{images.where(3)}'"):
+        next_batch(iter(loader))
 
 
 def test_a_loader_gives_the_same_bytes_for_any_number_of_workers(digits):
