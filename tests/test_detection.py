@@ -733,7 +733,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(layouts, tmp_path):
 def test_a_row_says_what_the_written_detections_are_worth(layouts, tmp_path, layout, monkeypatch):
     monkeypatch.chdir(tmp_path)
     row = train_protocol("resnet_mini", "small", layouts / layout, tmp_path / "run",
-                         recipe=demo("", masks=layout == "coco"))
+                         recipe=demo("clothes_in_photos", masks=layout == "coco"))
     run, images = Run.open(tmp_path / "run"), data.load(layouts / layout, "test")
     found = json.loads((run.path / "detections.json").read_text())
     told = (coco_ap if layout == "coco" else voc_ap)(images, found)
