@@ -1,47 +1,63 @@
 """Before any work: everything about a run is checked, and its directory is written."""
 
+import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from . import methods
+from . import limits, methods
+from .data import Images
 from .errors import InputError, unknown
-from .files import write_atomic
+from .files import read_jsonl, write_atomic
+from .nodes import same_images
 from .recipes import Recipe, method_numbers, resolve
 from .run import Run
+from .trial import try_out
+
+FREE = ("workers", "compile", "trackers")  # how a run is trained, not which one it is: the latest call says it
+LEAVING = 60  # seconds that processes which have been stopped get for their last step and checkpoint
 
 
 def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Path = "auto", *, processes: int = 1,
             precision: str = "auto", resume: bool = True, seed: int = 0, trackers: Sequence[str] = (),
-            workers: int | str = "auto", compile: bool = False) -> Run:
-    """Check everything and write the run directory, without training: for launching `sslnb.train` yourself."""
+            workers: int | str = "auto", compile: bool = False, held: contextlib.ExitStack | None = None) -> Run:
+    """Check everything and write the run directory, without training: for launching `sslnb.train` yourself.
+
+    `held`: what keeps the run ours beyond this call, for a caller that goes on to train it.
+    """
+    if not (isinstance(out, os.PathLike) or isinstance(out, str) and out):
+        raise InputError(f"out {out!r} is impossible: give the path of a folder, or leave it out.")
     if isinstance(recipe, str):
         recipe = resolve(recipe)
     if data is not None:
-        recipe = recipe.with_(data=str(data))
-    if not isinstance(processes, int) or processes < 1:
-        raise InputError(f"processes {processes!r} is impossible: use a whole number of at least 1.")
+        recipe = recipe.with_(data=str(data) if isinstance(data, os.PathLike) else data)
+    for name, value in (("processes", processes), ("seed", seed), ("workers", workers), ("compile", compile),
+                        ("resume", resume)):
+        limits.check(name, value)
     if processes != recipe.gpus:
         recipe = recipe.on(processes)
     recipe = recipe.with_(precision=_precision(recipe, precision))
     _check_trackers(trackers)
     if recipe.chunk:
         _check_chunk(recipe, compile)
+    if resume and (finished := _finished(recipe, out, seed)):
+        return finished
     images = recipe.load()
     if "images" in method_numbers(recipe.method):  # a method with a memory of every image
         recipe = recipe.with_(images=len(images))
     steps = recipe.steps_per_epoch(len(images))
-    with torch.device("meta"):  # shapes and numbers are checked without memory or time
-        recipe.build()
+    try_out(recipe, recipe.total_steps(steps))
     recipe.on(recipe.gpus, recipe.batch)  # refuses accumulation where it would change the method
     settings = {"recipe": recipe.to_json(), "seed": seed, "workers": workers, "compile": compile,
                 "trackers": list(trackers)}
     run = Run(out if out != "auto" else _default_out(settings))
-    _claim(run, settings, recipe.total_steps(steps), resume)
+    with contextlib.ExitStack() as ours:
+        _claim(run, settings, images, recipe.total_steps(steps), resume, ours if held is None else held)
     print(recipe.describe(len(images)) + f"\n{'run':>12}  {run.path}, seed {seed}, "
           f"{processes} process(es) on {_device_name()}")
     return run
@@ -78,32 +94,98 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 
 
 def _default_out(settings: dict) -> Path:
-    """runs/byol-digits_scattered-… with a hash of all settings: the same command finds the same directory."""
+    """runs/byol-digits_scattered-… with a hash of recipe and seed: the same command finds the same directory."""
     r = settings["recipe"]
-    tag = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    defining = {name: value for name, value in settings.items() if name not in FREE}
+    tag = hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{r['method'].rpartition(':')[2]}-{Path(r['data']).stem}-ep{r['epochs']}-seed{settings['seed']}-{tag}"
     return Path("runs") / name
 
 
-def _claim(run: Run, settings: dict, total: int, resume: bool) -> None:
-    """Make the run directory ours: new, the same run again, or the old one moved aside."""
-    if run.path.exists() and not resume:
-        with run.lock():
-            aside = run.path.with_name(f"{run.path.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
-        while aside.exists():  # twice in a second, or the clock was put back
-            aside = aside.with_name(f"{aside.name}-again")
-        run.path.rename(aside)
-        print(f"The run that was in {run.path} is kept in {aside}.")
+def _finished(recipe: Recipe, out: str | Path, seed: int) -> Run | None:
+    """The run that this call asks for, if it is done: nobody needs its images any more, which may be gone."""
+    run = Run(out if out != "auto" else _default_out({"recipe": recipe.to_json(), "seed": seed}))
+    if not os.path.isfile(run.path / "recipe.json") or run.status().get("state") != "done":
+        return None  # isfile is False also for what cannot be a path; `_claim` says so
+    if "images" in method_numbers(recipe.method):  # as many as there were
+        recipe = recipe.with_(images=run.recipe.numbers.get("images"))
+    _same(run, {"recipe": recipe.to_json(), "seed": seed})
+    return run
+
+
+def _claim(run: Run, settings: dict, images: Images, total: int, resume: bool, held: contextlib.ExitStack) -> None:
+    """Make the run directory ours: new, the same run again, or the old one moved aside.
+
+    `lock` is that of the process which trains. Several processes come up long after the call that starts them, and
+    after a restart they come up again: of two such calls the one that has `launch.lock`, kept in `held`, trains.
+    """
     try:
+        if not resume:
+            _move_aside(run)
         run.path.mkdir(parents=True, exist_ok=True)
-        with run.lock():  # of two that start together one writes
-            if not (run.path / "recipe.json").exists():
-                write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
-            _same(run, settings)
+        _take(held, run, "launch.lock")
+        with contextlib.ExitStack() as ours:
+            _take(ours, run, "lock")
+            _write_settings(run, settings)
+            same_images(run, images)
             run.write_status(total=total)
     except OSError as error:
         raise InputError(f"out {str(run.path)!r} cannot be written ({error.strerror}); choose another folder."
                          ) from None
+
+
+def _move_aside(run: Run) -> None:
+    """Make room for a new run; what is there is kept under another name. Only runs are moved, nothing else."""
+    path = run.path
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not (path / "recipe.json").exists():
+        raise InputError(f"{path} is not a run, so resume=False does not move it aside; choose another `out`.")
+    if Path.cwd().is_relative_to(path.resolve()):
+        raise InputError(f"resume=False cannot move {str(path)!r} aside, the folder that this process is in; choose "
+                         "another `out`.")
+    with contextlib.ExitStack() as ours:
+        _take(ours, run, "launch.lock", "lock")
+        aside = path.with_name(f"{path.name}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+        while aside.exists():  # twice in a second, or the clock was put back
+            aside = aside.with_name(f"{aside.name}-again")
+        path.rename(aside)
+    print(f"The run that was in {path} is kept in {aside}.")
+
+
+def _take(held: contextlib.ExitStack, run: Run, *names: str) -> None:
+    """Take these locks. Who has one and trains is not waited for; who has stopped may still have to save."""
+    deadline, told = time.monotonic() + LEAVING, False
+    for name in names:
+        while True:
+            try:
+                held.enter_context(run.lock(name))
+                break
+            except InputError:
+                # "interrupted" is also what a run is whose caller was killed, while its processes are still there.
+                if run.status().get("state") in (None, "running") or time.monotonic() > deadline:
+                    raise
+            if not told:
+                print(f"Another process is just leaving {run.path}; waiting for it.", flush=True)
+                told = True
+            time.sleep(0.2)
+
+
+def _write_settings(run: Run, settings: dict) -> None:
+    """recipe.json. Where a run has begun, only what does not define it is written anew; another run is refused."""
+    if _begun(run):
+        _same(run, settings)
+        settings = {**run.settings, **{name: settings[name] for name in FREE}}
+        if run.status().get("state") == "done":  # it says how it was trained
+            return
+    write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
+
+
+def _begun(run: Run) -> bool:
+    """Whether there is anything of a run to continue: not if its first call ended with an error, and before a step."""
+    rows = read_jsonl(run.path / "log.jsonl")
+    trained = run.checkpoints() or any(row["kind"] != "error" for row in rows) or run.status().get("state") == "done"
+    return bool(trained) and (run.path / "recipe.json").exists()
 
 
 def _same(run: Run, settings: dict) -> None:

@@ -1,6 +1,7 @@
 """Files that survive a crash: whole or as they were before, on the disk when the call returns."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that takes no more
 
 
 def checksum(path: Path) -> str:
@@ -31,8 +34,9 @@ def drafted(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
+    """UTF-8 wherever we are. Names of files that are no text in it come out with the bytes that they have."""
     with drafted(path) as draft:
-        draft.write_text(text)
+        draft.write_bytes(text.encode(errors="surrogateescape"))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -49,13 +49,19 @@ class Stop:
         self.reason = signal.Signals(number).name
 
     @property
+    def _orphaned(self) -> bool:
+        return bool(self._parent) and not alive(self._parent)
+
+    @property
     def asked(self) -> bool:
-        if self._parent and not alive(self._parent):
+        if self._orphaned:
             self.reason = self.reason or "the process that started the run is gone"
         return bool(self.reason)
 
     def exception(self) -> BaseException:
         """What ends the loop: papermill and shells must see that the run is not finished."""
+        if self._orphaned:
+            return SystemExit(0)  # nobody is left to see it, and after an error torchrun would start us again
         return KeyboardInterrupt(self.reason) if self.reason == "SIGINT" else SystemExit(143)
 
 
@@ -125,6 +131,27 @@ class Unbreakable:
             self._stream.flush()
 
 
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises SystemExit here, once: who waits for other processes passes it on, and waits while they save.
+
+    By default it would end this process at once, and a batch job with it, or do nothing if this is a container's first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(143)
+
+    old = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def torchrun(run: Run, processes: int) -> None:
     """Train in `processes` fresh processes through torchrun and follow them. Raises RuntimeError if the run fails.
 
@@ -139,16 +166,20 @@ def torchrun(run: Run, processes: int) -> None:
         env |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     run.write_running()
     old = run.history("error")
-    with (run.path / "launch.log").open("a") as log:
+    with (run.path / "launch.log").open("a") as log, sigterm_raises():
         child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True,
                                  start_new_session=True)
         try:
             for line in child.stdout:
                 print(line, end="", flush=True)
             code = child.wait()
-        except BaseException:
+        except BaseException as error:
             child.terminate()  # torchrun passes it on; the workers save and mark the run interrupted
-            child.wait()
+            try:
+                _print_rest(child)
+            finally:
+                if run.status().get("state") == "running":  # they died first, or had not begun
+                    run.write_status(state="interrupted", reason=f"{type(error).__name__}: {error}".strip(": "))
             raise
     status = run.status()
     if code == 0 and status.get("state") == "done":
@@ -160,6 +191,13 @@ def torchrun(run: Run, processes: int) -> None:
     run.write_status(state=state, reason=reason)
     raise RuntimeError(f"{run.path} ended at step {status.get('step', 0)} of {status.get('total')}: {reason}. Details "
                        f"are in {run.path / 'launch.log'}; the same command continues from the last checkpoint.")
+
+
+def _print_rest(child: subprocess.Popen) -> None:
+    """Wait for the child, and print what it still says: at which step it saved."""
+    said = child.communicate()[0]
+    with contextlib.suppress(OSError):  # of our own output that nobody reads any more
+        print(said, end="", flush=True)
 
 
 def accelerator(precision: str, trackers: Sequence[str], path: Path):

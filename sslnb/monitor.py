@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, NonFinite
 from .files import drafted
+from .launch import any_process
+from .reading import next_batch
 from .recipes import Recipe
 from .run import Run
 from .views import Views
@@ -19,6 +21,7 @@ from .views import Views
 if TYPE_CHECKING:
     from .train import Trainer
 
+NORMS = ("grad_norm", "weight_norm")
 LOOKS = 12  # about this many measurements per run
 BANK, PAIRS, SHOWN = 1000, 256, 8  # images for kNN and rank, for alignment, for snapshots
 
@@ -56,14 +59,18 @@ class Monitor:
         training, random_state = method.training, torch.get_rng_state()
         method.eval(), backbone.eval()
         z1, z2 = (features(backbone, x.to(device), r.pool).float().cpu() for x in self._pair())
-        row = {"step": step, "epoch": step / max(1, self.run.status()["total"]) * r.epochs,
-               **panel(bank.x, z1, z2)}
-        if bank.labels is not None and len(bank.x) > 40:
-            row["knn"] = weighted_knn(bank.x, bank.labels, bank.x, bank.labels, k=20, exclude_self=True).top1
+        row = {}
+        if all(x.isfinite().all() for x in (bank.x, z1, z2)):
+            row = {"step": step, "epoch": step / max(1, self.run.status()["total"]) * r.epochs,
+                   **panel(bank.x, z1, z2)}
+            if bank.labels is not None and len(bank.x) > 40:
+                row["knn"] = weighted_knn(bank.x, bank.labels, bank.x, bank.labels, k=20, exclude_self=True).top1
+            self.run.append("monitor", **row)
+        else:  # of weights that are finite: training goes on
+            self.run.append("event", step=step, text="features are not finite, so nothing was measured")
         self._snapshot(method, device, step)
         method.train(training)
         torch.set_rng_state(random_state)
-        self.run.append("monitor", **row)
         self.last = row
         return row
 
@@ -80,9 +87,10 @@ class Monitor:
     def best(self, checkpoint, step: int) -> dict[str, Any]:
         """For the status file: this checkpoint of `step`, if the look at that step was the best so far by kNN."""
         knn, old = self.last.get("knn"), self.run.status().get("best", {})
-        if self.last.get("step") != step or knn is None or knn <= old.get("knn", -1):
-            return {}
-        return {"best": {"checkpoint": checkpoint.name, "knn": knn, "step": step}}
+        gone = bool(old) and not (checkpoint.parent / old["checkpoint"]).exists()  # it was damaged
+        if self.last.get("step") == step and knn is not None and (gone or knn > old.get("knn", -1)):
+            return {"best": {"checkpoint": checkpoint.name, "knn": knn, "step": step}}
+        return {"best": {}} if gone else {}
 
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Two draws of the method's first view, the same images and draws every time."""
@@ -118,9 +126,11 @@ class Monitor:
 
 
 class FiniteWatch:
-    """Remembers the first step at which a term of the loss was not finite, without waiting for the device."""
+    """Remembers the first step at which a term of the loss, the gradients or the weights were not finite, without
+    waiting for the device."""
 
-    def __init__(self):
+    def __init__(self, trainer: "Trainer"):
+        self.t = trainer
         self.steps: dict[str, Tensor] = {}  # term -> its first bad step, inf if none, on the device
 
     def note(self, terms: dict[str, Tensor], step: int) -> None:
@@ -132,7 +142,35 @@ class FiniteWatch:
         """(step, the terms that were bad at it), (-1, []) while all is well. This waits for the device."""
         steps = {name: float(step) for name, step in self.steps.items()}
         first = min(steps.values(), default=math.inf)
-        return (-1, []) if first == math.inf else (int(first), [name for name, s in steps.items() if s == first])
+        if first == math.inf:
+            return -1, []
+        bad = [name for name, s in steps.items() if s == first]
+        # A bad loss makes gradients bad, and they the weights: what came first is the cause.
+        return int(first), [name for name in bad if name not in NORMS] or bad[:1]
+
+    def stop_if_bad(self, weights: bool = False) -> None:
+        """End the run at the first bad step, before an update (CPU) or a checkpoint (any device) can keep its harm.
+
+        `weights`: look at them too, for finite gradients can make weights that are not. In a checkpoint those would
+        end the run whenever it is continued.
+        """
+        t = self.t
+        if weights:
+            self.note({"weight_norm": torch.nn.utils.get_total_norm(list(t.method.parameters()))}, t.step - 1)
+        step, bad = self.first_bad()
+        if not any_process(bool(bad), t.device):
+            return
+        if not bad:
+            raise NonFinite("The loss of another process is not finite; its file in the run directory says where.")
+        path = t.run.path / f"nonfinite_step_{step:08d}_rank{t.accelerator.process_index}.pt"
+        # The batch is gone by now, but it depends on seed, epoch and step alone: make it again.
+        t._seek(step)
+        batches = iter(t.loader)
+        micro = [next_batch(batches) for _ in range(t.recipe.accum)]
+        torch.save({"step": step, "terms": bad, "index": [index for _, index, _, _ in micro],
+                    "views": [t.views.photometric(crops, seeds) for crops, _, seeds, _ in micro]}, path)
+        raise NonFinite(f"{', '.join(bad)} is not finite at step {step}; the batch is in {path.name}. "
+                        "Try a lower lr, a longer warm-up, or bf16 instead of fp16.")
 
 
 class Meter:

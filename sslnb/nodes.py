@@ -19,7 +19,7 @@ from .errors import InputError
 from .launch import any_process
 from .parts import world
 from .recipes import Recipe
-from .run import Run, code_of, versions
+from .run import Run, alive, code_of, versions
 
 
 def join() -> None:
@@ -30,6 +30,8 @@ def join() -> None:
     each torchrun counts its own restarts, so there the store must be a new one each time.
     """
     env = os.environ
+    if (caller := int(env.get("SSLNB_PARENT", 0))) and not alive(caller):
+        sys.exit("The process that started the run is gone.")  # torchrun's restarts are used up soon: the lock is free
     if "TORCHELASTIC_RUN_ID" not in env:
         return
     env.setdefault("SSLNB_PARENT", str(os.getppid()))  # without torchrun nobody would end this process or restart it
@@ -91,6 +93,24 @@ def load(recipe: Recipe) -> Images:
     if different := _difference(everyone):
         raise InputError(f"{different}. All machines need the same packages, code and images.")
     return images
+
+
+def contents(images: Images) -> dict[str, object]:
+    """What a run remembers of its images: how many, and a checksum of pixels or file names, and of the classes."""
+    return {"images": len(images), "digest": _digest(images)}
+
+
+def same_images(run: Run, images: Images) -> None:
+    """InputError if the run has a checkpoint that was trained on other images: an epoch, the schedule and the number
+    of each image would now be others, and nobody would notice. A run of before this was written down goes on."""
+    starts = run.provenance()
+    began = starts[-1].get("data") if starts and run.checkpoints() else None
+    if not began or began == (now := contents(images)):
+        return
+    less = f"had {began['images']:,} images when {run.path} began, and has {now['images']:,} now"
+    other = f"has as many images as when {run.path} began, but other ones"
+    raise InputError(f"{run.recipe.data} {other if began['images'] == now['images'] else less}: put back what was "
+                     "there, or begin anew with resume=False or another `out`.")
 
 
 def check_step(run: Run, step: int) -> None:

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import random
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,7 +23,8 @@ class ViewSet(Dataset):
 
     `crop(image, rng)` makes them, with rng a `random.Random(seed)`: they depend on no worker. For a broken image the
     next readable one is taken, so that batches stay full: `index` is the image that is shown, `broken` the one that
-    was asked for (-1 if all is well). After 100 broken ones it is an InputError.
+    was asked for (-1 if all is well). After 100 broken ones it is an InputError. What no image is to blame for, such
+    as a network disk that is gone, is raised at once.
     Torch's default collate gives a list of (B, 3, h, w), then index, seed and broken, each (B,) int64.
     """
 
@@ -33,14 +36,17 @@ class ViewSet(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], int, int, int]:
         asked, seed = key
+        reason: BrokenImage | None = None
         for index in range(asked, asked + 100):
             index %= len(self)
             try:
                 image = self.images[index]
-            except BrokenImage:
+            except BrokenImage as error:
+                reason = error
                 continue
             return self.crop(image, random.Random(seed)), index, seed, -1 if index == asked else asked
-        raise InputError(f"No image can be decoded from {self.images.where(asked)} to the 100th after it.")
+        raise InputError(f"No image can be decoded from {self.images.where(asked)} to the 100th after it: restore the "
+                         f"files ({reason}).")
 
 
 def next_batch(batches: Iterator):
@@ -48,21 +54,42 @@ def next_batch(batches: Iterator):
     try:
         return next(batches)
     except (OSError, EOFError) as error:
-        if "in DataLoader worker process" not in str(error):  # else it lives, and an error of its own comes from there
+        # Else it lives and an error of its own comes from there, or an image could not be opened in this process.
+        if "in DataLoader worker process" not in str(error) and getattr(error, "filename", None) is None:
             time.sleep(1)  # torch says by a signal which process it was
             raise RuntimeError(f"DataLoader worker is gone ({error})") from error
         raise
 
 
+def image_loader(images: Dataset, workers: int, **how) -> DataLoader:
+    """A DataLoader beside training, or of training: what all of them need.
+
+    Its own generator: a loader draws a seed, else from the state that masks are drawn from. And processes that live on
+    when everything here is told to stop: the trainer still writes its checkpoint then, and ends them itself.
+    """
+    return DataLoader(images, num_workers=workers, generator=torch.Generator(), worker_init_fn=_outlive_signals, **how)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Slurm, systemd and terminals signal all processes at once, and a loader process has to live until its trainer is
+    done. Of that one SIGTERM counts, for it is how Python's end gets rid of processes that are left; a loader that
+    finds no trainer any more goes by itself, which torch looks after."""
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on a Mac
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # a handler would not know who sent it
+        threading.Thread(target=wait, daemon=True).start()
+
+
 def in_order(images: Images, crop: Callable[[Image.Image, random.Random], list[Tensor]], batch: int,
              workers: int | str = "auto", rank: int = 0, world: int = 1) -> DataLoader:
-    """Batches of a ViewSet for a test: every image once, in order; of `world` processes each gets every world-th.
-
-    Its own generator: a loader draws a seed, which would otherwise disturb the training around it.
-    """
+    """Batches of a ViewSet for a test: every image once, in order; of `world` processes each gets every world-th."""
     mine = [(i, 0) for i in range(rank, len(images), world)]
-    return DataLoader(ViewSet(images, crop), batch_size=batch, sampler=mine, generator=torch.Generator(),
-                      num_workers=loader_workers(workers, images, world))
+    return image_loader(ViewSet(images, crop), loader_workers(workers, images, world), batch_size=batch, sampler=mine)
 
 
 class EpochSampler(Sampler):

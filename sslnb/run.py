@@ -1,7 +1,7 @@
 """A run directory: the only meeting place between training, watching, evaluating and comparing.
 
     recipe.json          what runs: recipe, seed, precision …; the same command finds it and continues
-    provenance.json      versions, git state, hardware, command of every start
+    provenance.json      versions, git state, hardware, images, command of every start
     log.jsonl            one row per logged step, monitor or event
     status.json          running · interrupted · failed · done, with step, speed and reason
     checkpoints/         step_00000120-1f3c9a2b.pt: the name carries the checksum
@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from .errors import InputError
-from .files import append_jsonl, checksum, os_error, read_jsonl, save_tensors, sync_folder, write_atomic
+from .files import FULL, append_jsonl, checksum, os_error, read_jsonl, save_tensors, sync_folder, write_atomic
 from .recipes import Recipe
 
 KEEP = 3  # newest checkpoints kept, besides the best
@@ -36,14 +36,15 @@ class Run:
     """A run directory that exists. `Run.open(path)` for reading; `pretrain` returns one."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(os.path.expanduser(path))
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
-        if not (Path(path) / "recipe.json").is_file():
+        run = cls(path)
+        if not (run.path / "recipe.json").is_file():
             raise InputError(f"{path} is not a run directory: it has no recipe.json. "
                              "Give the `out` of a pretrain call.")
-        return cls(path)
+        return run
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.status().get('state', 'new')})"
@@ -158,9 +159,13 @@ class Run:
             final = folder / f"step_{state['step']:08d}-{checksum(draft)}.pt"
             draft.replace(final)
         except (OSError, RuntimeError) as error:
+            system = os_error(error)
+            if not system and str(error).startswith("DataLoader worker"):  # torch says so wherever we are just then
+                raise
+            remedy = "Free some space; the" if system and system.errno in FULL else "The"
             raise RuntimeError(f"The checkpoint of step {state['step']} cannot be written to {self.path} "
-                               f"({os_error(error) or error}); earlier ones are untouched. Free some space; the same "
-                               "command continues.") from error
+                               f"({system or error}); earlier ones are untouched. {remedy} same command continues."
+                               ) from error
         finally:
             draft.unlink(missing_ok=True)
         sync_folder(folder)
@@ -187,7 +192,9 @@ class Run:
     def write_broken(self, names: list[str]) -> None:
         """Broken images, by name: a list in a file, and a line that counts them."""
         write_atomic(self.path / "broken.txt", "\n".join(names) + "\n")
-        print(f"{len(names)} broken image(s) were skipped, listed in broken.txt: {', '.join(names[:5])}")
+        said = f"{len(names)} broken image(s) were skipped, listed in broken.txt: {', '.join(names[:5])}"
+        code = getattr(sys.stdout, "encoding", None) or "utf-8"  # a name may have what nobody can print
+        print(said.encode(code, "backslashreplace").decode(code))
 
     def write_running(self) -> None:
         """Under the process that started it all: while that is there, dead workers come back."""
@@ -209,11 +216,11 @@ class Run:
         write_atomic(self.path / "provenance.json", json.dumps([*self.provenance(), {**environment(), **values}]))
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, name: str = "lock") -> Iterator[None]:
         """One trainer at a time. The lock is the kernel's: it ends with the process, however that dies."""
         import fcntl
 
-        with (self.path / "lock").open("a+") as file:
+        with (self.path / name).open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from . import launch, nodes, optim
 from .batchnorm import sync_batchnorm
 from .checks import prepare
 from .chunks import in_chunks
-from .errors import InputError, NonFinite
+from .errors import InputError
 from .evaluate.collapse import output_std
 from .monitor import FiniteWatch, Meter, Monitor
-from .reading import EpochSampler, ViewSet, loader_workers, next_batch
+from .reading import EpochSampler, ViewSet, image_loader, loader_workers, next_batch
 from .recipes import Recipe
 from .run import Run, code_of
 
@@ -36,14 +37,15 @@ def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Pa
     through torchrun; 1 trains in this process. `precision` "auto" is the recipe's; on a CPU bf16 stands
     in for fp16 if it is fast there, else fp32. `trackers` are Accelerate's names. Errors: InputError before any work.
     """
-    run = prepare(recipe, data, out, processes=processes, precision=precision, resume=resume, seed=seed,
-                  trackers=trackers, workers=workers, compile=compile)
-    if run.status().get("state") == "done":
-        print(f"{run.path} is finished already ({run.status()['total']} steps); its results are used.")
-    elif processes > 1:
-        launch.torchrun(run, processes)
-    else:
-        train(run)
+    with contextlib.ExitStack() as held:
+        run = prepare(recipe, data, out, processes=processes, precision=precision, resume=resume, seed=seed,
+                      trackers=trackers, workers=workers, compile=compile, held=held)
+        if run.status().get("state") == "done":
+            print(f"{run.path} is finished already ({run.status()['total']} steps); its results are used.")
+        elif processes > 1:
+            launch.torchrun(run, processes)
+        else:
+            train(run)
     return run
 
 
@@ -81,6 +83,7 @@ class Trainer:
             raise InputError(f"{run.path} was prepared for {recipe.gpus} processes, but {world} were started; "
                              f"start {recipe.gpus}, or prepare it again with processes={world}.")
         self.images = nodes.load(recipe)
+        nodes.same_images(run, self.images)
         self.cuda = self.device.type == "cuda"
         self.threads = torch.get_num_threads()
         if not self.cuda:
@@ -103,10 +106,8 @@ class Trainer:
         self.views = method.views(recipe.size)
         self.sampler = EpochSampler(len(self.images), recipe.batch, rank=rank, world=world, seed=self.seed)
         workers = loader_workers(settings["workers"], self.images, world)
-        self.loader = torch.utils.data.DataLoader(
-            ViewSet(self.images, self.views.crop), batch_sampler=self.sampler, num_workers=workers,
-            persistent_workers=workers > 0, pin_memory=self.cuda,
-            generator=torch.Generator())  # else each epoch's iterator draws from the state that masks are drawn from
+        self.loader = image_loader(ViewSet(self.images, self.views.crop), workers, batch_sampler=self.sampler,
+                                   persistent_workers=workers > 0, pin_memory=self.cuda)
         self.per_epoch = recipe.steps_per_epoch(len(self.images))
         self.total, self.step = recipe.total_steps(self.per_epoch), 0
         # On a GPU looking at a value waits for the device, so losses are looked at once per interval.
@@ -114,7 +115,7 @@ class Trainer:
         self.check_every = self.log_every if self.cuda else 1
         self.broken: set[int] = set()
         self.skipped = 0
-        self.finite = FiniteWatch()
+        self.finite = FiniteWatch(self)
         self.monitor = Monitor(run, self.images, self.views, recipe, on=method.monitored)
         self._resume()
         nodes.check_step(run, self.step)
@@ -126,7 +127,7 @@ class Trainer:
         start = time.monotonic() - run.status().get("seconds", 0.0)  # time.time() may go back
         if self.main:
             run.add_provenance(step=self.step, processes=self.accelerator.num_processes,
-                               code=code_of(self.recipe.method))
+                               code=code_of(self.recipe.method), data=nodes.contents(self.images))
             run.write_status(step=self.step)
         if run.settings["trackers"]:
             self.accelerator.init_trackers("sslnb", config={k: str(v) for k, v in run.settings["recipe"].items()})
@@ -177,15 +178,18 @@ class Trainer:
             for name, value in out.items():
                 if value.ndim == 0:
                     sums[name] = sums.get(name, 0.0) + value.detach() / accum
-        self.finite.note(sums, self.step)
-        if (self.step + 1) % self.check_every == 0:
-            self._stop_if_not_finite()
         progress = (self.step + 1) / self.total
         self.method.before_step(progress)
-        logged = self._logged(self.step + 1)
-        if recipe.clip or logged:  # the norm is that before clipping
-            sums["grad_norm"] = self.accelerator.clip_grad_norm_(optim.trainable(self.model), recipe.clip or math.inf)
-        if logged:
+        self.accelerator.unscale_gradients()
+        trained = [w for w in optim.trainable(self.model) if w.grad is not None]
+        sums["grad_norm"] = get_total_norm([w.grad for w in trained])  # before clipping
+        skips = {"grad_norm"} if self.accelerator.scaler else set()  # fp16 skips such a step, which is no fault
+        self.finite.note({k: v for k, v in sums.items() if k not in skips}, self.step)
+        if (self.step + 1) % self.check_every == 0:
+            self.finite.stop_if_bad()
+        if recipe.clip:
+            clip_grads_with_norm_(trained, recipe.clip, sums["grad_norm"])
+        if self._logged(self.step + 1):
             sums |= output_std(out)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -198,7 +202,7 @@ class Trainer:
 
     def _end_of_epoch(self, epoch: int, start: float) -> None:
         last = self.step == self.total
-        self._stop_if_not_finite()  # before anything looks at the network or keeps it
+        self.finite.stop_if_bad(weights=True)  # before anything looks at the network or keeps it
         self.method.after_epoch(self.run, epoch)
         if self.main and self.monitor.due(epoch):
             row = self.monitor.look(self.method, self.step)
@@ -227,37 +231,20 @@ class Trainer:
                   "the same command continues here.", flush=True)
         raise stop.exception()
 
-    def _stop_if_not_finite(self) -> None:
-        """End the run at the first bad step, before an update (CPU) or a checkpoint (any device) can keep its harm."""
-        step, bad = self.finite.first_bad()
-        if not launch.any_process(bool(bad), self.device):
-            return
-        if not bad:
-            raise NonFinite("The loss of another process is not finite; its file in the run directory says where.")
-        path = self.run.path / f"nonfinite_step_{step:08d}_rank{self.accelerator.process_index}.pt"
-        # The batch is gone by now, but it depends on seed, epoch and step alone: make it again.
-        self._seek(step)
-        batches = iter(self.loader)
-        micro = [next_batch(batches) for _ in range(self.recipe.accum)]
-        torch.save({"step": step, "terms": bad, "index": [index for _, index, _, _ in micro],
-                    "views": [self.views.photometric(crops, seeds) for crops, _, seeds, _ in micro]}, path)
-        raise NonFinite(f"{', '.join(bad)} is not finite at step {step}; the batch is in {path.name}. "
-                        "Try a lower lr, a longer warm-up, or bf16 instead of fp16.")
-
     # ------------------------------------------------------------ save and resume
 
     def save(self, start: float) -> None:
         """A checkpoint at this step. A disk that is full stops the run and costs no earlier checkpoint."""
         from accelerate.utils import gather_object
 
-        self._stop_if_not_finite()
-        random_states = gather_object([launch.random_state(self.cuda)])
+        self.finite.stop_if_bad(weights=True)
+        random_states, broken = zip(*gather_object([(launch.random_state(self.cuda), self.broken)]), strict=True)
         if not self.main:
             return
         scaler = self.accelerator.scaler
         state = {"step": self.step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "scaler": scaler.state_dict() if scaler else None, "random": random_states, "skipped": self.skipped,
-                 "broken": sorted(self.broken)}
+                 "scaler": scaler.state_dict() if scaler else None, "random": list(random_states),
+                 "skipped": self.skipped, "broken": sorted(set().union(*broken))}
         path = self.run.save_checkpoint(state)
         self.run.write_status(step=self.step, seconds=time.monotonic() - start, **self.monitor.best(path, self.step))
 

@@ -180,10 +180,23 @@ def start(out, epochs=4, processes=2):
               "from sslnb import pretrain, methods\n"
               f"r = methods.recipes('simclr')['demo'].with_(epochs={epochs}, batch=32)\n"
               f"pretrain(r, out={str(out)!r}, processes={processes})")
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started.append(subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                    text=True))
+    return started[-1]
 
 
-def wait_for(condition, seconds=120):
+started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_what_a_failed_test_left():
+    yield
+    for child in started:
+        child.kill()
+    started.clear()
+
+
+def wait_for(condition, seconds=240):  # on two cores with much else to do, a start takes a minute
     deadline = time.time() + seconds
     while not condition():
         assert time.time() < deadline, "waited too long"
@@ -205,16 +218,41 @@ def test_stopping_the_caller_saves_and_the_same_command_continues(tmp_path):
     stopped = Run(out).latest()["step"]
     assert 0 < stopped < Run(out).status()["total"]
     again = start(out, epochs=6)
-    assert f"at step {stopped} of" in again.communicate(timeout=200)[0] and Run(out).status()["state"] == "done"
+    assert f"at step {stopped} of" in again.communicate(timeout=400)[0] and Run(out).status()["state"] == "done"
 
 
-def test_processes_do_not_outlive_a_caller_that_was_killed(tmp_path):
+def test_of_two_commands_started_together_one_trains_and_sigterm_waits_until_it_has_saved(tmp_path):
+    out = tmp_path / "run"
+    pair = [start(out, epochs=60) for _ in range(2)]
+    wait_for(lambda: any(child.poll() is not None for child in pair))
+    loser, winner = sorted(pair, key=lambda child: child.poll() is None)
+    assert f"is being trained by another process (pid {winner.pid} on" in loser.communicate()[0]
+    wait_for(lambda: len(Run(out).history()) > 3)
+    status = Run(out).status()
+    assert (status["state"], status["pid"]) == ("running", winner.pid) and not Run(out).history("error")
+    winner.terminate()
+    said = winner.communicate(timeout=60)[0]
+    assert winner.returncode == 143 and not worker_pids(out), "it waits for its processes"
+    status = Run(out).status()
+    assert (status["state"], status["reason"]) == ("interrupted", "SIGTERM") and not Run(out).history("error")
+    assert Run(out).latest()["step"] == status["step"] > 0 and f"Stopped at step {status['step']} of" in said
+
+
+def test_after_a_kill_of_the_caller_its_processes_save_and_the_same_command_at_once_continues(tmp_path):
     out = tmp_path / "run"
     child = start(out, epochs=60)
     wait_for(lambda: out.exists() and len(Run(out).history()) > 3)
+    left = worker_pids(out)
     child.kill()
+    again = start(out, epochs=60)
+    wait_for(lambda: again.poll() is not None or Run(out).history("event"))
+    assert again.poll() is None, again.communicate()[0]
+    assert Run(out).history("event")[0]["step"] == Run(out).latest()["step"] > 0
+    assert len(left) == 2 and not set(left) & set(worker_pids(out))
+    again.kill()
     wait_for(lambda: not worker_pids(out), 60)
-    assert Run(out).status()["state"] == "interrupted" and Run(out).latest()["step"] > 0
+    time.sleep(3)  # torchrun would have started them again
+    assert not worker_pids(out) and Run(out).status()["state"] == "interrupted"
 
 
 def test_an_error_in_the_processes_ends_the_run_with_its_reason(tmp_path):

@@ -76,16 +76,16 @@ def out(tmp_path) -> Iterator[Path]:
     started.clear()
 
 
-def start(pictures, out, method="mae", epochs=EPOCHS, processes=1, workers=2) -> subprocess.Popen:
+def start(pictures, out, method="mae", epochs=EPOCHS, processes=1, workers=2, **how) -> subprocess.Popen:
     """The command, in a process of its own."""
     words = method, pictures, out, epochs, processes, workers
-    return launched([sys.executable, "-c", COMMAND, *map(str, words)], out.parent)
+    return launched([sys.executable, "-c", COMMAND, *map(str, words)], out.parent, **how)
 
 
-def launched(words, folder) -> subprocess.Popen:
+def launched(words, folder, **how) -> subprocess.Popen:
     """It prints into a file without a name: nobody has to read that for it to go on."""
     prints = tempfile.TemporaryFile()  # noqa: SIM115
-    started.append(subprocess.Popen(words, stdout=prints, stderr=subprocess.STDOUT, cwd=folder))
+    started.append(subprocess.Popen(words, stdout=prints, stderr=subprocess.STDOUT, cwd=folder, **how))
     started[-1].prints = prints
     return started[-1]
 
@@ -456,6 +456,8 @@ HURT = """
 import time
 from pathlib import Path
 
+import torch
+
 from sslnb.methods import recipes
 from sslnb.methods.mae import MAE
 
@@ -466,8 +468,19 @@ def clock():
     return now() - 86400 * (here / "clock").exists()
 
 
+class Spoilt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
 class Hurt(MAE):
-    # MAE whose loss is NaN after 60 % of the steps while a file "nan" is there, and whose clock is a day behind, from
+    # MAE whose loss is NaN after 60 % of the steps while a file "nan" is there, whose gradient is NaN in step 191 of
+    # 288, the last one before a checkpoint, while a file "gradient" is there, and whose clock is a day behind, from
     # that moment on, while a file "clock" is there.
     progress = 0.0
 
@@ -477,6 +490,8 @@ class Hurt(MAE):
 
     def forward(self, views, index=None):
         out = super().forward(views, index)
+        if round(288 * self.progress) == 191 and (here / "gradient").exists():
+            out["loss"] = Spoilt.apply(out["loss"])
         poison = self.progress > 0.6 and (here / "nan").exists()
         return {**out, "loss": out["loss"] * float("nan")} if poison else out
 
@@ -586,3 +601,106 @@ def test_two_runs_on_one_directory(pictures, whole, out):
     same_run(whole, run)
     row("two runs on one directory, started together, and a second one later",
         "one trains; the other is told at once which process does, and changes nothing", rounds + 1)
+
+
+# ---------------------------------------------------------------- all at once, bad gradients, other images
+
+
+def family(child) -> list[psutil.Process]:
+    """It and every process that came of it."""
+    return [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+
+
+def stopped_at_its_step(child, out) -> int:
+    """The step at which a command that was told to stop did so: it is saved, and no process is left."""
+    assert child.wait(60) == 128 + signal.SIGTERM, printed(child)
+    status = Run(out).status()
+    assert status["state"] == "interrupted" and status["reason"] == "SIGTERM"
+    assert Run(out).latest()["step"] == status["step"] and "and saved; the same command" in printed(child)
+    return status["step"]
+
+
+def test_sigterm_to_the_whole_group(pictures, whole, out):
+    """As systemd, Slurm and `kill -TERM -PGID` do it: the processes that load images get it too."""
+    run, before = Run(out), (-1, [], [])
+    for step in (BETWEEN + 20, 2 * BETWEEN + 20):
+        child = start(pictures, out, start_new_session=True)
+        at_step(child, out, step)
+        processes = family(child)
+        assert len(processes) == 3
+        os.killpg(child.pid, signal.SIGTERM)
+        assert stopped_at_its_step(child, out) >= step
+        assert not psutil.wait_procs(processes[1:], timeout=10)[1]
+        kept(before, run)
+        before = written(run)
+    trained(pictures, out)
+    kept(before, run)
+    same_run(whole, run)
+    row("SIGTERM to the whole group of processes, as from systemd or Slurm",
+        "the trainer saves and stops as `interrupted`, then its loaders end; the same command goes on from this step",
+        2)
+
+
+def test_sigterm_to_every_process_of_several(pictures, out):
+    how = {"epochs": 12, "processes": 2, "workers": 1}
+    child, run = start(pictures, out, **how), Run(out)
+    at_step(child, out, BETWEEN + 3)
+    processes = family(child)
+    for process in processes:
+        process.terminate()
+    assert stopped_at_its_step(child, out) > BETWEEN
+    assert not psutil.wait_procs(processes[1:], timeout=10)[1]
+    before = written(run)
+    trained(pictures, out, **how)
+    kept(before, run)
+    assert run.status()["state"] == "done" and len(run.provenance()) == 2
+
+
+def test_no_loader_outlives_a_killed_trainer(pictures, out):
+    child = start(pictures, out)
+    at_step(child, out, 5)
+    _, *loaders = family(child)
+    assert len(loaders) == 2
+    kill(child)
+    assert not psutil.wait_procs(loaders, timeout=30)[1]
+
+
+def test_a_gradient_is_nan(pictures, whole, out, hurt):
+    cause, run, bad = out.with_name("gradient"), Run(out), 2 * BETWEEN - 1
+    cause.touch()
+    for _ in range(2):
+        said = last_words(start(pictures, out, hurt))
+        assert f"grad_norm is not finite at step {bad}; the batch is in nonfinite_step_{bad:08d}" in said
+        assert run.status()["state"] == "failed" and run.latest()["step"] == BETWEEN
+        assert all(value.isfinite().all() for value in run.latest()["method"].values())
+    assert torch.load(next(out.glob("nonfinite*")), weights_only=True)["step"] == bad
+    before = written(run)
+    cause.unlink()
+    trained(pictures, out, method=hurt)
+    kept(before, run)
+    same_run(whole, run)
+    row(f"a gradient that is NaN while the loss is finite, in the last step before a checkpoint (step {bad})",
+        "the run fails and names step and term; bad weights are not kept; without the cause the same command continues "
+        "from the checkpoint before", 2)
+
+
+def test_images_vanish_between_two_starts(pictures, whole, out):
+    pictures, away = shutil.copytree(pictures, out.with_name("pictures")), out.with_name("away")
+    child, run = start(pictures, out), Run(out)
+    at_step(child, out, BETWEEN + 20)
+    kill(child)
+    before, total = written(run), run.status()["total"]
+    away.mkdir()
+    gone = sorted(pictures.rglob("*.png"))[::2]
+    homes = [(path, path.rename(away / path.name)) for path in gone]
+    for _ in range(2):
+        said = last_words(start(pictures, out))
+        assert re.search(r"InputError: .* had 99 images when .* began, and has 49 now: put back what was there", said)
+        assert written(run) == before and run.status()["total"] == total
+    for path, at in homes:
+        at.rename(path)
+    trained(pictures, out)
+    kept(before, run)
+    same_run(whole, run)
+    row("half of the images vanish between two starts",
+        "the command is refused and says how many there were; when they are back it continues", 2)

@@ -2,18 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 
 from sslnb import Run, methods, prepare, pretrain
-from sslnb.errors import InputError
+from sslnb.errors import InputError, NonFinite
 from sslnb.launch import Stop
-from sslnb.train import NonFinite, Trainer
+from sslnb.reading import EpochSampler, ViewSet, image_loader
+from sslnb.train import Trainer, train
 
 METHODS = list(methods.METHODS)
 
@@ -257,6 +260,213 @@ def test_bad_weights_are_never_saved_however_seldom_one_looks(tiny, tmp_path, mo
         trainer.fit(Stop())
     trainer.close()
     assert not run.checkpoints()
+
+
+class Spoilt(torch.autograd.Function):
+    """The loss as it is, with a gradient of this value."""
+
+    @staticmethod
+    def forward(ctx, loss, gradient):
+        ctx.gradient = gradient
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return torch.tensor(ctx.gradient), None
+
+
+def spoil(monkeypatch, at, gradient):
+    """SimCLR's gradient is that in the forward pass with this number, the loss stays finite."""
+    forward, calls = methods.get("simclr").forward, []
+
+    def spoilt(self, views, index=None):
+        out = forward(self, views, index)
+        calls.append(1)
+        return {**out, "loss": Spoilt.apply(out["loss"], gradient)} if len(calls) == at else out
+
+    monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", spoilt)
+
+
+@pytest.mark.parametrize("every", [1, 4], ids=["looked at each step", "looked at now and then, as on a GPU"])
+def test_a_gradient_that_is_not_finite_stops_at_its_own_step(tiny, tmp_path, monkeypatch, every):
+    """At the last step before the monitor looks and a checkpoint is written, when nothing but the gradient is bad."""
+    spoil(monkeypatch, 8, float("nan"))
+    run = prepare(tiny(), out=tmp_path / "run")
+    trainer = Trainer(run)
+    trainer.check_every = every
+    with pytest.raises(NonFinite, match="^grad_norm is not finite at step 7; the batch is in nonfinite_step_00000007"):
+        trainer.fit(Stop())
+    trainer.close()
+    assert torch.load(next(run.path.glob("nonfinite*")), weights_only=True)["terms"] == ["grad_norm"]
+    assert not run.checkpoints(), "bad weights are not kept"
+    assert pretrain(tiny(), out=tmp_path / "run").status()["state"] == "done"
+
+
+def test_a_step_that_fp16_skips_is_no_fault(tiny, tmp_path, monkeypatch):
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    spoil(monkeypatch, 3, float("inf"))
+    trainer = Trainer(prepare(tiny(), out=tmp_path / "run"))
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
+    trainer.accelerator._optimizers = [trainer.optimizer]
+    monkeypatch.setattr(trainer.accelerator, "unscale_gradients", lambda: scaler.unscale_(trainer.optimizer.optimizer))
+    trainer.fit(Stop())
+    trainer.close()
+    assert trainer.run.status()["state"] == "done" and trainer.run.status()["skipped_steps"] == 1
+
+
+def test_weights_that_are_not_finite_are_neither_looked_at_nor_saved(tiny, tmp_path, monkeypatch):
+    def after_step(self, progress):
+        if progress == 1:
+            next(self.parameters()).data[0] = float("inf")
+
+    monkeypatch.setattr("sslnb.methods.simclr.SimCLR.after_step", after_step)
+    run = prepare(tiny(), out=tmp_path / "run")
+    with pytest.raises(NonFinite, match="^weight_norm is not finite at step 7"):
+        train(run)
+    assert not run.checkpoints() and run.status()["state"] == "failed"
+
+
+def test_features_that_are_not_finite_are_not_measured_and_end_nothing(tiny, tmp_path):
+    trainer = Trainer(prepare(tiny(), out=tmp_path / "run"))
+    for name, statistic in trainer.method.backbone.named_buffers():
+        if name.endswith("running_mean"):
+            statistic.fill_(float("nan"))
+    assert trainer.monitor.look(trainer.method, 1) == {} and not trainer.run.history("monitor")
+    trainer.close()
+    assert trainer.run.history("event")[-1]["text"].startswith("features are not finite")
+
+
+def test_the_best_checkpoint_is_one_that_is_there(tiny, tmp_path):
+    trainer = Trainer(prepare(tiny(), out=tmp_path / "run"))
+    trainer.close()
+    run, monitor = trainer.run, trainer.monitor
+    path = run.save_checkpoint({"step": 3})
+    run.write_status(best={"checkpoint": "step_00000002-00000000.pt", "knn": 99.0, "step": 2})  # damaged, gone since
+    assert monitor.best(path, 3) == {"best": {}}, "no look at this step"
+    monitor.last = {"step": 3, "knn": 50.0}
+    run.write_status(**monitor.best(path, 3))
+    assert run.status()["best"] == {"checkpoint": path.name, "knn": 50.0, "step": 3}
+    monitor.last = {"step": 4, "knn": 50.0}
+    assert monitor.best(run.save_checkpoint({"step": 4}), 4) == {}, "not better"
+
+
+def test_a_checkpoint_has_the_broken_images_of_all_processes(tiny, tmp_path, monkeypatch):
+    trainer = Trainer(prepare(tiny(), out=tmp_path / "run"))
+    trainer.broken = {5}
+    with monkeypatch.context() as patch:
+        patch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, (*mine[0][:-1], {7, 2})])
+        trainer.step = 1
+        trainer.save(time.monotonic())
+    trainer.close()
+    assert trainer.run.latest()["broken"] == [2, 5, 7]
+
+
+def test_what_a_checkpoint_that_cannot_be_written_says(tiny, tmp_path, monkeypatch):
+    run = prepare(tiny(), out=tmp_path / "run")
+
+    def said(error):
+        def save(state, file):
+            raise error
+
+        monkeypatch.setattr(torch, "save", save)
+        with pytest.raises(RuntimeError) as told:
+            run.save_checkpoint({"step": 1})
+        return str(told.value)
+
+    assert "No space left" in (words := said(OSError(28, "No space left"))) and "Free some space" in words
+    assert "Input/output error" in (words := said(OSError(5, "Input/output error"))) and "space" not in words
+    gone = "DataLoader worker (pid 7) is killed by signal: Killed."
+    assert said(RuntimeError(gone)) == gone, "torch says so in the midst of anything"
+
+
+def test_loader_processes_live_on_when_all_are_told_to_stop_and_end_with_their_trainer():
+    from sslnb import data
+
+    images = data.load("digits_scattered").subset(range(64))
+    batches = iter(image_loader(ViewSet(images, lambda image, rng: [torch.zeros(1)]), 2, batch_sampler=EpochSampler(
+        64, 4), prefetch_factor=1))
+    next(batches)
+    workers = psutil.Process().children()
+    assert len(workers) == 2
+    for name in ("TERM", "INT") * 2:  # from another process than the trainer, which this one is
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    assert len(list(batches)) == 15
+    del batches
+    assert not psutil.wait_procs(workers, timeout=20)[1]
+
+
+def test_a_process_ends_with_loaders_that_nobody_told_to():
+    """As after an error whose traceback is kept: Python's end signals them, and waits for them."""
+    script = ("from sslnb import data\nfrom sslnb.reading import EpochSampler, ViewSet, image_loader\nimport torch\n"
+              "images = data.load('digits_scattered').subset(range(64))\n"
+              "views = ViewSet(images, lambda image, rng: [torch.zeros(1)])\n"
+              "loader = image_loader(views, 2, persistent_workers=True, batch_sampler=EpochSampler(64, 4))\n"
+              "next(iter(loader))")
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+
+# ---------------------------------------------------------------- images that are others than before
+
+
+def folder_of(count, folder):
+    from sslnb import data
+
+    images = data.load("digits_scattered")
+    folder.mkdir()
+    for i in range(count):
+        images[i].save(folder / f"{i:02d}.png")
+    return folder
+
+
+def test_other_images_than_a_run_began_with_are_refused(tmp_path):
+    pictures = folder_of(40, tmp_path / "pictures")
+    recipe = methods.recipes("simclr")["demo"].with_(epochs=2, batch=8, data=str(pictures), size=20)
+    run = prepare(recipe, out=tmp_path / "run")
+    train_until(run, 3)
+    status, away = run.status(), tmp_path / "away.png"
+    (pictures / "07.png").rename(away)
+    with pytest.raises(InputError, match=r"pictures had 40 images when \S+ began, and has 39 now: put back"):
+        pretrain(recipe, out=tmp_path / "run")
+    with pytest.raises(InputError, match="had 40 images"):  # as torchrun starts it
+        train(run)
+    assert run.status()["total"] == status["total"] and run.latest()["step"] == 3
+    away.rename(pictures / "77.png")
+    with pytest.raises(InputError, match="as many images as when .* but other ones"):
+        pretrain(recipe, out=tmp_path / "run")
+    (pictures / "77.png").rename(pictures / "07.png")
+    assert pretrain(recipe, out=tmp_path / "run").status()["state"] == "done"
+    shutil.rmtree(pictures)
+    assert len(pretrain(recipe, out=tmp_path / "run").provenance()) == 2, "a finished run needs no images"
+    with pytest.raises(InputError, match="holds another run"):
+        pretrain(recipe, out=tmp_path / "run", seed=1)
+
+
+def test_a_run_that_does_not_know_its_images_continues(tmp_path):
+    """It was begun before that was written down."""
+    pictures = folder_of(40, tmp_path / "pictures")
+    recipe = methods.recipes("simclr")["demo"].with_(epochs=2, batch=8, data=str(pictures), size=20)
+    run = prepare(recipe, out=tmp_path / "run")
+    train_until(run, 3)
+    starts = run.provenance()
+    assert starts[0].pop("data")["images"] == 40
+    (run.path / "provenance.json").write_text(json.dumps(starts))
+    shutil.copy(pictures / "07.png", pictures / "08a.png")
+    assert pretrain(recipe, out=tmp_path / "run").status()["state"] == "done"
+    assert run.provenance()[-1]["data"]["images"] == 41
+
+
+def test_a_broken_image_whose_name_is_no_text_is_named_with_its_bytes(tmp_path, capsys):
+    pictures = folder_of(20, tmp_path / "pictures")
+    name = os.fsencode(pictures / "caf") + b"\xe9.png"
+    os.rename(pictures / "07.png", name)
+    os.truncate(name, 60)
+    run = pretrain(methods.recipes("simclr")["demo"].with_(epochs=1, batch=8), data=pictures, out=tmp_path / "run",
+                   workers=0)
+    assert run.status()["broken"] == 1 and (run.path / "broken.txt").read_bytes() == name + b"\n"
+    assert "caf\\udce9.png" in capsys.readouterr().out
 
 
 def test_a_failed_run_says_why(tiny, tmp_path, monkeypatch):

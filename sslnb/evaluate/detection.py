@@ -17,14 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
 
 from ..boxes import Boxes, coco_masks, decoded
 from ..errors import InputError, unknown
 from ..files import write_atomic
 from ..geometry import ImageOp
 from ..parts import world
-from ..reading import EpochSampler, ViewSet, draw_seed, in_order, loader_workers
+from ..reading import EpochSampler, ViewSet, draw_seed, image_loader, in_order, loader_workers
 from ..recipes import Recipe
 from ..run import Run
 from ..views import View, Views
@@ -220,8 +219,8 @@ class Detector(Protocol):
         self.train()
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(run.seed * 1009 + rank)
-            loader = DataLoader(ViewSet(self.images, views.crop), batch_sampler=sampler, generator=torch.Generator(),
-                                num_workers=loader_workers(run.settings["workers"], self.images, size))
+            workers = loader_workers(run.settings["workers"], self.images, size)
+            loader = image_loader(ViewSet(self.images, views.crop), workers, batch_sampler=sampler)
             for n, (crops, index, seeds, _) in enumerate(loader):
                 if n == self.precise_batches:
                     break

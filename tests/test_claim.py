@@ -1,0 +1,186 @@
+"""Whose a run directory is: one call trains it, another changes nothing, and nothing of the user's is touched."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+from test_train import equal, train_until, weights
+
+from sslnb import InputError, Run, launch, nodes, prepare, pretrain
+from sslnb.launch import Stop
+
+NOBODY = 2**22 - 3  # no process has this id
+
+
+def files(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "lock" not in p.name}
+
+
+# ---------------------------------------------------------------- of two calls one trains
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_is_its_callers_from_the_check_to_the_end(tiny, tmp_path, monkeypatch, processes):
+    """Also before its processes come up and while torchrun starts them again, when none of them has its lock."""
+    seen = []
+
+    def train(run, *_):
+        run.write_running()
+        before = files(tmp_path)
+        for resume in (True, False):
+            with pytest.raises(InputError, match=rf"is being trained by another process \(pid {os.getpid()} on"):
+                prepare(tiny(), out=tmp_path / "run", processes=processes, workers=1, resume=resume)
+        seen.append(files(tmp_path) == before)
+
+    monkeypatch.setattr("sslnb.train.train", train)
+    monkeypatch.setattr("sslnb.launch.torchrun", train)
+    run = pretrain(tiny(), out=tmp_path / "run", processes=processes)
+    assert seen == [True]
+    with run.lock("launch.lock"), run.lock():
+        pass  # both are free again
+
+
+def test_processes_that_still_save_are_waited_for(tiny, tmp_path, monkeypatch, capsys):
+    run = prepare(tiny(), out=tmp_path / "run")
+    run.write_running()
+    run.write_status(pid=NOBODY)  # as after `kill -9` of the caller
+    with contextlib.ExitStack() as theirs:
+        theirs.enter_context(run.lock())
+        monkeypatch.setattr("sslnb.checks.time.sleep", lambda seconds: theirs.close())
+        prepare(tiny(), out=tmp_path / "run")
+    assert capsys.readouterr().out.count("Another process is just leaving") == 1
+
+
+def test_they_are_not_waited_for_for_ever(tiny, tmp_path, monkeypatch):
+    run = prepare(tiny(), out=tmp_path / "run")
+    run.write_status(state="interrupted")
+    monkeypatch.setattr("sslnb.checks.LEAVING", 0.3)
+    with run.lock(), pytest.raises(InputError, match="is being trained by another process"):
+        prepare(tiny(), out=tmp_path / "run")
+
+
+# ---------------------------------------------------------------- callers that end
+
+
+class Child:
+    """torchrun, which says a line, is interrupted with its caller, and says what the processes say at their end."""
+    ended = False
+
+    def __init__(self, *_, **__):
+        self.stdout = self.lines()
+
+    def lines(self):
+        yield "step 1\n"
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    def terminate(self):
+        os.kill(os.getpid(), signal.SIGTERM)  # again, as some schedulers do
+
+    def communicate(self):
+        Child.ended = True
+        return "Stopped at step 1\n", None
+
+
+def test_sigterm_waits_for_the_processes_and_the_run_is_marked_interrupted(tiny, tmp_path, monkeypatch, capsys):
+    run = prepare(tiny(), out=tmp_path / "run")
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    handler = signal.signal(signal.SIGTERM, lambda *_: None)  # instead of ending pytest
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit, match="143"):
+            launch.torchrun(run, 2)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert Child.ended and run.status()["state"] == "interrupted" and run.status()["reason"] == "SystemExit: 143"
+    assert capsys.readouterr().out.endswith("step 1\nStopped at step 1\n")
+
+
+def test_processes_that_lost_their_caller_do_not_come_back(monkeypatch):
+    monkeypatch.setenv("SSLNB_PARENT", str(NOBODY))
+    with pytest.raises(SystemExit, match="is gone"):
+        nodes.join()
+    stop = Stop()
+    assert stop.asked and stop.exception().code == 0, "for torchrun an error would be a reason to start them again"
+
+
+# ---------------------------------------------------------------- what a later call may change
+
+
+def test_workers_compile_and_trackers_are_those_of_the_latest_call(tiny, tmp_path):
+    whole = pretrain(tiny("mae"), out=tmp_path / "whole", workers=0)
+    run = prepare(tiny("mae"), out=tmp_path / "run", workers=2, compile=True)
+    assert run.settings["workers"] == 2 and run.settings["compile"]
+    prepare(tiny("mae"), out=tmp_path / "run", workers=0)
+    train_until(run, 3)
+    before = run.settings
+    run = pretrain(tiny("mae"), out=tmp_path / "run", workers=1, trackers=("tensorboard",))
+    assert run.settings == {**before, "workers": 1, "compile": False, "trackers": ["tensorboard"]}
+    assert list(run.path.rglob("events.out.tfevents*")) and equal(weights(run), weights(whole))
+    pretrain(tiny("mae"), out=tmp_path / "run")
+    assert run.settings["workers"] == 1, "a finished run says how it was trained"
+
+
+def test_they_lead_to_the_same_directory(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, other = prepare(tiny()), prepare(tiny(), workers=0, compile=True, trackers=("tensorboard",))
+    assert first.path == other.path != prepare(tiny(), seed=1).path
+    assert prepare(tiny()).settings["workers"] == "auto"
+
+
+def test_a_value_that_failed_at_once_can_be_corrected(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as wrong:
+        wrong.setattr("sslnb.methods.simclr.SimCLR.before_train", lambda self, run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pretrain(tiny(), out=tmp_path / "run")
+    assert Run(tmp_path / "run").history("error")
+    run = pretrain(tiny(epochs=1, lr=1e-3), out=tmp_path / "run", seed=1)
+    assert run.status()["state"] == "done" and run.recipe.lr == 1e-3 and run.seed == 1
+    assert not run.history("error")
+    with pytest.raises(InputError, match="holds another run"):
+        prepare(tiny(epochs=1), out=tmp_path / "run", seed=1)
+
+
+# ---------------------------------------------------------------- out
+
+
+def test_only_a_run_is_moved_aside(tiny, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="mine is not a run, so resume=False does not move it aside"):
+        prepare(tiny(), out=mine, resume=False)
+    assert [p.name for p in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    prepare(tiny(), out=tmp_path / "empty", resume=False)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_out_that_cannot_be_is_named(tiny, tmp_path, monkeypatch, resume):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match=f"{out.name}' cannot be written"):
+            prepare(tiny(), out=out, resume=resume)
+    for out in (None, 3, ""):
+        with pytest.raises(InputError, match=f"out {out!r} is impossible"):
+            prepare(tiny(), out=out, resume=resume)
+
+
+def test_the_folder_that_one_is_in_is_not_moved(tiny, tmp_path, monkeypatch):
+    run = prepare(tiny(), out=tmp_path / "run")
+    (run.path / "inner").mkdir()
+    for here, out in (("", "."), ("inner", ".."), ("inner", run.path)):
+        monkeypatch.chdir(run.path / here)
+        with pytest.raises(InputError, match="the folder that this process is in"):
+            prepare(tiny(), out=out, resume=False)
+
+
+def test_the_home_folder_may_be_written_as_in_a_shell(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert prepare(tiny(), out="~/run").path == tmp_path / "home" / "run"
+    assert Run.open("~/run").seed == 0 and not (tmp_path / "~").exists()
