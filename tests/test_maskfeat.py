@@ -367,7 +367,8 @@ def test_the_error_in_hog_space_is_beside_the_mean_of_the_visible_targets():
     found = masked_error(run, images, limit=7, batch=4, seed=5)
     method, generator = run.method(), torch.Generator().manual_seed(5)
     sums, count = [0.0, 0.0], 0
-    for rows in (range(4), range(4, 7)):
+    evenly = [i * len(images) // 7 for i in range(7)]  # a folder is sorted by class
+    for rows in (evenly[:4], evenly[4:]):
         x = Normalize().apply(torch.stack([torch.from_numpy(np.array(images[i])).permute(2, 0, 1) / 255 for i in rows]))
         mask = method.draw_mask(len(x), generator)
         target, prediction = method.target(x), method.reconstruct(x, mask).detach()
@@ -394,7 +395,8 @@ def test_errors_in_the_space_of_pixels_are_those_of_pixels():
     run, images = untrained("simmim"), load("fashion_small")
     found = masked_error(run, images, limit=3, seed=2)
     method = run.method()
-    x = Normalize().apply(torch.stack([torch.from_numpy(np.array(images[i])).permute(2, 0, 1) / 255 for i in range(3)]))
+    rows = (0, len(images) // 3, 2 * len(images) // 3)
+    x = Normalize().apply(torch.stack([torch.from_numpy(np.array(images[i])).permute(2, 0, 1) / 255 for i in rows]))
     mask = method.draw_mask(3, torch.Generator().manual_seed(2))
     hole = upsample_mask(mask, method.patch)
     squares = (method.reconstruct(x, mask).detach() - x) ** 2 * hole

@@ -192,7 +192,7 @@ def copied(run, tmp_path):
 def test_what_was_evaluated_again_counts_once_and_the_newest_counts(copied):
     rows = copied.results()
     append_jsonl(copied.path / "results.jsonl", {**rows[0], "top1": 99.0, "time": "2999-01-01T00:00:00+00:00"})
-    again = [r for r in measured(copied.path) if r["source"] == rows[0]["source"]]
+    again = [r for r in measured(copied.path) if all(r[key] == rows[0][key] for key in ("source", "protocol", "data"))]
     assert [r["top1"] for r in again] == [99.0]
 
 

@@ -28,7 +28,8 @@ class Psnr:
 def masked_psnr(run, images, *, limit: int = 1000, batch: int = 250, seed: int = 0) -> Psnr:
     """PSNR of a masked-image run on held-out images, values in [0, 1], the error averaged over all removed pixels.
 
-    Masks are drawn from `seed`. Errors: InputError for a run that paints nothing, and for one whose targets are
+    Of more than `limit` images so many are taken, evenly from the whole set: folders are sorted by class. Masks are
+    drawn from `seed`. Errors: InputError for a run that paints nothing, and for one whose targets are
     standardised patches, since their brightness would have to be taken from the truth that is to be guessed.
     """
     method = _masked(run)
@@ -72,9 +73,9 @@ class TargetError:
 def masked_error(run, images, *, limit: int = 1000, batch: int = 250, seed: int = 0) -> TargetError:
     """How far a masked-image run is from its own targets, averaged over all hidden patches of held-out images.
 
-    The rival predicts for every hidden patch the mean of the targets of the visible patches of the same image. Masks
-    are drawn from `seed`. Errors of methods with different targets are different quantities. Errors: InputError for a
-    run that hides nothing, and for one that guesses tokens, whose numbers have no distance.
+    The rival predicts for every hidden patch the mean of the targets of the visible patches of the same image. Images
+    and masks are chosen as by `masked_psnr`. Errors of methods with different targets are different quantities.
+    Errors: InputError for a run that hides nothing, and for one that guesses tokens, whose numbers have no distance.
     """
     method = _masked(run)
     errors = torch.zeros(2)
@@ -107,7 +108,8 @@ def _batches(run, method: Masked, images, limit: int, batch: int, seed: int):
     """Pixels in [0, 1], normalised, and the masks of this seed, batch after batch."""
     normalize = method.views(run.recipe.size).normalize
     generator = torch.Generator().manual_seed(seed)
-    for indices in torch.arange(min(limit, len(images))).split(batch):
+    count = min(limit, len(images))
+    for indices in (torch.arange(count) * len(images) // max(1, count)).split(batch):
         pixels, kept, _ = read(images, indices.tolist(), run.recipe.size)
         truth = pixels.float() / 255
         yield truth, normalize.apply(truth), method.draw_mask(len(kept), generator)
