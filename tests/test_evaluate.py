@@ -685,7 +685,8 @@ def test_evaluate_a_transformer_at_another_size(tmp_path, tiny):
     run = pretrain(tiny("mae", size=28, data="few_digits", epochs=1), out=tmp_path / "run")
     (row,) = evaluate(run, protocols=["knn"], size=24, baselines=False)
     assert row["size"] == 24
-    assert open_source(run.path / "backbone.safetensors", 0).pool == "mean", "a run's weights are the run"
+    weights = open_source(run.path / "backbone.safetensors", 0)
+    assert (weights.pool, weights.name, weights.folder) == ("mean", "run", run.path), "a run's weights are the run"
     checkpoint = open_source(run.checkpoints()[-1], 0)
     assert (checkpoint.pool, checkpoint.name) == ("mean", f"run/{run.checkpoints()[-1].name}")
 

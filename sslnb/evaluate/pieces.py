@@ -63,15 +63,17 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     place.mkdir(parents=True, exist_ok=True)
     draft.replace(place / "weights.safetensors")
     write_atomic(place / "job.json", said)
-    _start(place, processes)
+    pieces = [_piece(place, n) for n in range(_count(job, images))]
+    if not all(piece.exists() for piece in pieces):
+        _start(place, min(processes, len(pieces)))
     x, index, broken = torch.zeros(0, 0), [], []
-    for n in range(_count(job, images)):
-        part = load_file(_piece(place, n))
+    for piece in pieces:
+        part = load_file(piece)
         if not index and len(part["x"]):  # all at once: pieces that are joined at the end are there twice
             x = torch.empty(len(images), part["x"].shape[1])
         x[len(index):len(index) + len(part["x"])] = part["x"]
         index += part["index"].tolist()
-        broken += json.loads(_piece(place, n).with_suffix(".json").read_text())
+        broken += json.loads(piece.with_suffix(".json").read_text())
     labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
     return Features(x[:len(index)], labels, torch.tensor(index, dtype=torch.long), broken)
 
