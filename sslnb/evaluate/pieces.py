@@ -57,7 +57,7 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
         raise InputError(f"{job.data} ({job.split}) loads other images than those that are evaluated, and other "
                          "processes load them by name; give the name or the path of the whole set, or processes=1.")
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(draft := folder / ".weights.safetensors", network.state_dict())
+    save_tensors(draft := folder / f".weights-{os.getpid()}.safetensors", network.state_dict())
     said = json.dumps({**vars(job), "weights": checksum(draft), "images": len(images)})
     place = folder / "features" / hashlib.sha256(said.encode()).hexdigest()[:10]
     place.mkdir(parents=True, exist_ok=True)

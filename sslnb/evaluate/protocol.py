@@ -7,6 +7,7 @@ So a protocol runs on many GPUs, in 16 bits, resumes exactly and writes a run di
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,8 @@ def _start(source: Source, recipe: Recipe, seed: int) -> Path:
     """The file of tensors that the recipe begins with. Its name tells its content: the same start is the same file."""
     kind, folder = methods.get(recipe.method), source.folder or Path("runs")
     folder.mkdir(parents=True, exist_ok=True)
-    start, network = None, None
-    if source.fresh_weights and kind.frozen_in(recipe):
+    rival = source.fresh_weights and kind.frozen_in(recipe)
+    if rival:
         # Statistics that are estimated again differ in the last digit on other threads or another card, and a run that
         # goes on must find its own start: the name tells what it was made from.
         made_from = json.dumps([recipe.to_json(), source.origin, seed], sort_keys=True, default=str)
@@ -183,9 +184,11 @@ def _start(source: Source, recipe: Recipe, seed: int) -> Path:
         if start.exists():
             print(f"Source {source.name}: as in {start}.")
             return start.resolve()
-        network = source.rival(recipe.load(), recipe.size, seed)
-    tensors, said = kind.starting_point(recipe, network or source.backbone(recipe.size))
-    save_tensors(draft := folder / ".start.safetensors", tensors)
-    draft.replace(start := start or folder / f"start-{checksum(draft)}.safetensors")
+    network = source.rival(recipe.load(), recipe.size, seed) if rival else source.backbone(recipe.size)
+    tensors, said = kind.starting_point(recipe, network)
+    save_tensors(draft := folder / f".start-{os.getpid()}.safetensors", tensors)  # others may evaluate it too
+    if not rival:
+        start = folder / f"start-{checksum(draft)}.safetensors"
+    draft.replace(start)
     print(f"Source {source.name}: {said}")
     return start.resolve()
