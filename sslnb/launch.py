@@ -1,7 +1,6 @@
 """Starting several processes, and stopping them well."""
 
 import contextlib
-import errno
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import InputError, NonFinite
-from .files import os_error
+from .files import FULL, os_error
 from .run import Run, alive
 
 RESTARTS = 3
@@ -102,7 +101,7 @@ def _explained(error: Exception, run: Run) -> Exception:
     said = str(error)
     if "cannot be written" in said:  # a checkpoint, with the remedy
         return error
-    if (system := os_error(error)) and system.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if (system := os_error(error)) and system.errno in FULL:
         return RuntimeError(f"{run.path} cannot be written ({system}); what was saved is untouched. Free some space; "
                             "the same command continues.")
     if isinstance(error, dist.DistError) or "/gloo/" in said:

@@ -83,7 +83,7 @@ def load(recipe: Recipe) -> Images:
     try:
         images = recipe.load()
         have = {**versions(), "the code of sslnb": _code(), recipe.method: code_of(recipe.method),
-                recipe.data: f"{len(images)} images, {_digest(images)}"}
+                recipe.data: "{images} images, {digest}".format(**contents(images))}
     except InputError as error:
         have = {"error": str(error)}
     everyone = _everyone(have)

@@ -187,7 +187,8 @@ class Recipe:
         from . import methods
 
         limits.check("gpus", gpus)
-        limits.check("batch", self.batch if batch is None else batch)
+        if batch is not None:
+            limits.check("batch", batch)
         method, total = methods.get(self.method), self.total_batch
         accumulable, chunks = method.accumulable or self.force_accum, method.chunks
         if batch is None:

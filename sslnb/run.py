@@ -141,6 +141,13 @@ class Run:
             say(f"{path.name} is damaged (its checksum does not match); falling back to the one before.")
         return None
 
+    def progress(self) -> dict[str, int]:
+        """Of a run that is not done: the `step` of its newest checkpoint, whose weights `backbone` has, of `total`."""
+        status, checkpoints = self.status(), self.checkpoints()
+        if status.get("state") == "done" or not checkpoints:
+            return {}
+        return {"step": int(checkpoints[-1].stem.split("-")[0].split("_")[1]), "total": status.get("total", 0)}
+
     def save_checkpoint(self, state: dict[str, Any]) -> Path:
         """Write one checkpoint atomically, then drop old ones: a full disk costs the new one only.
 

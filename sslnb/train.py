@@ -182,13 +182,14 @@ class Trainer:
         self.method.before_step(progress)
         self.accelerator.unscale_gradients()
         trained = [w for w in optim.trainable(self.model) if w.grad is not None]
-        sums["grad_norm"] = get_total_norm([w.grad for w in trained])  # before clipping
-        skips = {"grad_norm"} if self.accelerator.scaler else set()  # fp16 skips such a step, which is no fault
-        self.finite.note({k: v for k, v in sums.items() if k not in skips}, self.step)
+        norm = get_total_norm([w.grad for w in trained])
+        # fp16 skips a step whose gradients are not finite, which is no fault.
+        self.finite.note(sums if self.accelerator.scaler else {**sums, "grad_norm": norm}, self.step)
         if (self.step + 1) % self.check_every == 0:
             self.finite.stop_if_bad()
         if recipe.clip:
-            clip_grads_with_norm_(trained, recipe.clip, sums["grad_norm"])
+            clip_grads_with_norm_(trained, recipe.clip, norm)
+        sums["grad_norm"] = norm  # that before clipping
         if self._logged(self.step + 1):
             sums |= output_std(out)
         self.optimizer.step()

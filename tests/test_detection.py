@@ -835,8 +835,8 @@ def test_the_demo_finds_what_neither_guessing_nor_the_untrained_detector_finds(t
 @pytest.mark.distributed
 def test_two_processes_find_the_images_of_both(layouts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    row = train_protocol("resnet_mini", "small", layouts / "voc", tmp_path / "run", recipe=demo("clothes_in_photos", batch=8),
-                         processes=2)
+    row = train_protocol("resnet_mini", "small", layouts / "voc", tmp_path / "run", processes=2,
+                         recipe=demo("clothes_in_photos", batch=8))
     run, images = Run.open(tmp_path / "run"), data.load(layouts / "voc", "test")
     found = json.loads((run.path / "detections.json").read_text())
     assert {d["image_id"] for d in found} == set(images.ids.tolist()) and run.recipe.gpus == 2 and run.recipe.batch == 4

@@ -578,11 +578,8 @@ class FakeRun:
     def backbone(self):
         return self.net
 
-    def status(self):
-        return {"state": "done"}
-
-    def checkpoints(self):
-        return []
+    def progress(self):
+        return {}
 
 
 def test_evaluate_a_run_writes_its_rows(tmp_path, pictures, builds):
@@ -634,8 +631,7 @@ def test_evaluate_a_run_directory_and_its_data(tmp_path, pictures, monkeypatch):
 
 def test_evaluate_the_row_of_a_run_that_is_not_done_says_how_far_it_was(tmp_path, pictures, builds, capsys):
     run = FakeRun(tmp_path / "half")
-    run.status = lambda: {"state": "interrupted", "total": 40}
-    run.checkpoints = lambda: [Path("step_00000004-ab.pt"), Path("step_00000008-cd.pt")]
+    run.progress = lambda: {"step": 8, "total": 40}
     row, *others = evaluate(run, (pictures, pictures), ["knn"])
     assert (row["step"], row["total"], row["size"]) == (8, 40, 12)
     assert all("step" not in other for other in others), "fresh weights and pixels are what they are"

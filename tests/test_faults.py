@@ -508,23 +508,27 @@ def hurt(out) -> str:
     return f"{out.with_name('hurt.py')}:Hurt"
 
 
-def test_a_loss_is_nan(pictures, whole, out, hurt):
-    nan, run = out.with_name("nan"), Run(out)
-    nan.touch()
-    bad = 1 + int(0.6 * TOTAL)
+@pytest.mark.parametrize("cause, term, bad, what", [
+    ("nan", "loss", 1 + int(0.6 * TOTAL), "a loss that is NaN"),
+    ("gradient", "grad_norm", 2 * BETWEEN - 1,
+     "a gradient that is NaN while the loss is finite, in the last step before a checkpoint"),
+], ids=["loss", "gradient"])
+def test_something_is_nan(pictures, whole, out, hurt, cause, term, bad, what):
+    cause, run = out.with_name(cause), Run(out)
+    cause.touch()
     for _ in range(2):
         said = last_words(start(pictures, out, hurt))
-        assert f"loss is not finite at step {bad}; the batch is in nonfinite_step_{bad:08d}" in said
+        assert f"{term} is not finite at step {bad}; the batch is in nonfinite_step_{bad:08d}" in said
         assert run.status()["state"] == "failed" and run.latest()["step"] == bad // BETWEEN * BETWEEN
         assert all(value.isfinite().all() for value in run.latest()["method"].values())
     assert torch.load(next(out.glob("nonfinite*")), weights_only=True)["step"] == bad
     before = written(run)
-    nan.unlink()
+    cause.unlink()
     trained(pictures, out, method=hurt)
     kept(before, run)
     same_run(whole, run)
-    row(f"a loss that is NaN (step {bad})", "the run fails and names step and term; the batch is kept, bad weights are "
-        "not; without the cause the same command continues from the checkpoint before", 2)
+    row(f"{what} (step {bad})", "the run fails and names step and term; the batch is kept, bad weights are not; "
+        "without the cause the same command continues from the checkpoint before", 2)
 
 
 def test_the_clock_goes_back(pictures, whole, out, hurt):
@@ -603,7 +607,7 @@ def test_two_runs_on_one_directory(pictures, whole, out):
         "one trains; the other is told at once which process does, and changes nothing", rounds + 1)
 
 
-# ---------------------------------------------------------------- all at once, bad gradients, other images
+# ---------------------------------------------------------------- all at once, other images
 
 
 def family(child) -> list[psutil.Process]:
@@ -663,25 +667,6 @@ def test_no_loader_outlives_a_killed_trainer(pictures, out):
     assert len(loaders) == 2
     kill(child)
     assert not psutil.wait_procs(loaders, timeout=30)[1]
-
-
-def test_a_gradient_is_nan(pictures, whole, out, hurt):
-    cause, run, bad = out.with_name("gradient"), Run(out), 2 * BETWEEN - 1
-    cause.touch()
-    for _ in range(2):
-        said = last_words(start(pictures, out, hurt))
-        assert f"grad_norm is not finite at step {bad}; the batch is in nonfinite_step_{bad:08d}" in said
-        assert run.status()["state"] == "failed" and run.latest()["step"] == BETWEEN
-        assert all(value.isfinite().all() for value in run.latest()["method"].values())
-    assert torch.load(next(out.glob("nonfinite*")), weights_only=True)["step"] == bad
-    before = written(run)
-    cause.unlink()
-    trained(pictures, out, method=hurt)
-    kept(before, run)
-    same_run(whole, run)
-    row(f"a gradient that is NaN while the loss is finite, in the last step before a checkpoint (step {bad})",
-        "the run fails and names step and term; bad weights are not kept; without the cause the same command continues "
-        "from the checkpoint before", 2)
 
 
 def test_images_vanish_between_two_starts(pictures, whole, out):

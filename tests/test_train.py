@@ -63,9 +63,10 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_pa
     for step in (1, total // 2, total // 2 + 1, total - 1):  # first, end of an epoch, inside one, last but one
         train_until(broken, step)
         assert broken.status()["state"] == "interrupted" and broken.status()["step"] == step
+        assert broken.progress() == {"step": step, "total": total}
         torch.manual_seed(12345)  # another process would not have our random state
     broken = pretrain(recipe, out=tmp_path / "broken", workers=workers)
-    assert broken.status()["state"] == "done" and equal(weights(whole), weights(broken))
+    assert broken.status()["state"] == "done" and broken.progress() == {} and equal(weights(whole), weights(broken))
     a, b = whole.latest()["optimizer"]["state"], broken.latest()["optimizer"]["state"]
     assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
     steps = [(row["step"], row["loss"]) for row in whole.history()]
@@ -227,6 +228,15 @@ def test_a_tracker_by_name(tiny, tmp_path):
 # ---------------------------------------------------------------- when something breaks
 
 
+def ends(run, every, words):
+    """It trains until something is not finite; what is looked at every so many steps."""
+    trainer = Trainer(run)
+    trainer.check_every = every
+    with pytest.raises(NonFinite, match=words):
+        trainer.fit(Stop())
+    trainer.close()
+
+
 @pytest.mark.parametrize("every", [1, 3], ids=["looked at each step", "looked at now and then, as on a GPU"])
 def test_a_loss_that_is_not_finite_stops_with_step_term_and_batch(tiny, tmp_path, monkeypatch, every):
     forward, seen = methods.get("simclr").forward, []
@@ -238,11 +248,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_batch(tiny, tmp_path
 
     monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", poisoned)
     run = prepare(tiny(), out=tmp_path / "run")
-    trainer = Trainer(run)
-    trainer.check_every = every
-    with pytest.raises(NonFinite, match="loss is not finite at step 2; the batch is in nonfinite_step_00000002"):
-        trainer.fit(Stop())
-    trainer.close()
+    ends(run, every, "loss is not finite at step 2; the batch is in nonfinite_step_00000002")
     saved = torch.load(next(run.path.glob("nonfinite*")), weights_only=True)
     assert saved["step"] == 2 and saved["terms"] == ["loss"] and len(saved["index"][0]) == 32
     assert all(torch.equal(a, b) for a, b in zip(saved["views"][0], seen[2], strict=True))
@@ -254,11 +260,7 @@ def test_bad_weights_are_never_saved_however_seldom_one_looks(tiny, tmp_path, mo
     monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", lambda self, views, index=None: {
         **(out := forward(self, views, index)), "loss": out["loss"] * float("nan")})
     run = prepare(tiny(), out=tmp_path / "run")
-    trainer = Trainer(run)
-    trainer.check_every = 10**6
-    with pytest.raises(NonFinite, match="step 0"):
-        trainer.fit(Stop())
-    trainer.close()
+    ends(run, 10**6, "step 0")
     assert not run.checkpoints()
 
 
@@ -292,11 +294,7 @@ def test_a_gradient_that_is_not_finite_stops_at_its_own_step(tiny, tmp_path, mon
     """At the last step before the monitor looks and a checkpoint is written, when nothing but the gradient is bad."""
     spoil(monkeypatch, 8, float("nan"))
     run = prepare(tiny(), out=tmp_path / "run")
-    trainer = Trainer(run)
-    trainer.check_every = every
-    with pytest.raises(NonFinite, match="^grad_norm is not finite at step 7; the batch is in nonfinite_step_00000007"):
-        trainer.fit(Stop())
-    trainer.close()
+    ends(run, every, "^grad_norm is not finite at step 7; the batch is in nonfinite_step_00000007")
     assert torch.load(next(run.path.glob("nonfinite*")), weights_only=True)["terms"] == ["grad_norm"]
     assert not run.checkpoints(), "bad weights are not kept"
     assert pretrain(tiny(), out=tmp_path / "run").status()["state"] == "done"

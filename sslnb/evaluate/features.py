@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,14 +108,19 @@ class _Chunks(torch.utils.data.Dataset):
 def _of_all(vectors: Callable[[Tensor], Tensor], images, *, size: int, batch: int, workers: int,
             limit: int | None) -> Features:
     """What `vectors` makes of uint8 pixels (B, 3, size, size), (B, D), for all images that can be read."""
-    x, index, broken = torch.zeros(0, 0), [], []
     chosen = _chosen(len(images), limit)
-    for pixels, kept, bad in image_loader(_Chunks(images, chosen.split(batch), size), workers, batch_size=None):
+    loader = image_loader(_Chunks(images, chosen.split(batch), size), workers, batch_size=None)
+    return joined(images, ((vectors(pixels) if kept else None, kept, bad) for pixels, kept, bad in loader), len(chosen))
+
+
+def joined(images, parts: Iterable[tuple[Tensor | None, list[int], list[str]]], most: int) -> Features:
+    """Features of `images` from parts: vectors (n, D), their n places in the data set, and what was broken; `most` rows
+    in all. They go into one array as they come: parts that are joined at the end are there twice."""
+    x, index, broken = torch.zeros(0, 0), [], []
+    for z, kept, bad in parts:
         broken += bad
         if kept:
-            z = vectors(pixels)
-            if not index:  # all at once: rows that are joined at the end are there twice
-                x = torch.empty(len(chosen), z.shape[1])
+            x = x if index else torch.empty(most, z.shape[1])
             x[len(index):len(index) + len(z)] = z
             index += kept
     labels = None if images.labels is None else torch.as_tensor(images.labels)[index]

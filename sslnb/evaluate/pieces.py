@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import Images, load
 from ..errors import InputError
 from ..files import checksum, save_tensors, write_atomic
 from ..launch import limit_threads
 from ..reading import loader_workers
-from .features import Features, extract
+from .features import Features, extract, joined
 from .sources import Source, open_source
 
 PIECE = 20_000
@@ -49,8 +49,6 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     `network`: the source's, or one like it with weights of its own, which are handed over in a file.
     Errors: InputError if the images cannot be loaded by their name, RuntimeError if a process fails.
     """
-    from safetensors.torch import load_file
-
     job = Job(source.origin, source.given, seed, source.fresh_weights, size, source.pool, images.name, images.split,
               PIECE)
     if len(load(job.data, job.split)) != len(images):
@@ -66,16 +64,14 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     pieces = [_piece(place, n) for n in range(_count(job, images))]
     if not all(piece.exists() for piece in pieces):
         _start(place, min(processes, len(pieces)))
-    x, index, broken = torch.zeros(0, 0), [], []
-    for piece in pieces:
-        part = load_file(piece)
-        if not index and len(part["x"]):  # all at once: pieces that are joined at the end are there twice
-            x = torch.empty(len(images), part["x"].shape[1])
-        x[len(index):len(index) + len(part["x"])] = part["x"]
-        index += part["index"].tolist()
-        broken += json.loads(piece.with_suffix(".json").read_text())
-    labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
-    return Features(x[:len(index)], labels, torch.tensor(index, dtype=torch.long), broken)
+    return joined(images, map(_read, pieces), len(images))
+
+
+def _read(piece: Path) -> tuple[Tensor, list[int], list[str]]:
+    from safetensors.torch import load_file
+
+    part = load_file(piece)
+    return part["x"], part["index"].tolist(), json.loads(piece.with_suffix(".json").read_text())
 
 
 def _start(place: Path, processes: int) -> None:

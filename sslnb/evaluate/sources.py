@@ -101,7 +101,10 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
 def _from_run(run, seed: int) -> Source:
     from ..zoo.networks import resized
 
-    recipe, name = run.recipe, Path(run.path).name
+    recipe, name, progress = run.recipe, Path(run.path).name, run.progress()
+    if progress:
+        print(f"{name} is not done: its weights are those of step {progress['step']} of {progress['total']}, and its "
+              "rows say so.")
 
     def at(size: int, backbone: nn.Module) -> nn.Module:
         return backbone if size == recipe.size else resized(backbone, recipe.backbone, recipe.backbone_numbers, size)[0]
@@ -110,17 +113,7 @@ def _from_run(run, seed: int) -> Source:
     return Source(name, lambda size: at(size, run.backbone()),
                   _seeded(seed, lambda size: at(size, recipe.build().backbone)), recipe.size, recipe.data,
                   Path(run.path), recipe.pool, recipe.backbone, recipe.backbone_numbers, origin=str(run.path),
-                  progress=_progress(run, name))
-
-
-def _progress(run, name: str) -> dict[str, int]:
-    """{} of a run that is done, else the step whose weights there are, and of how many."""
-    status, checkpoints = run.status(), run.checkpoints()
-    if status.get("state") == "done" or not checkpoints:
-        return {}
-    step, total = int(checkpoints[-1].name.removeprefix("step_")[:8]), status.get("total", 0)
-    print(f"{name} is not done: its weights are those of step {step} of {total}, and its rows say so.")
-    return {"step": step, "total": total}
+                  progress=progress)
 
 
 def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mapping[str, object]) -> Source:
