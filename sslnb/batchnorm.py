@@ -72,15 +72,12 @@ class SplitBatchNorm(nn.modules.batchnorm._BatchNorm):
         groups = in_groups(x, self.images)
         if not self.training or len(groups) == 1:
             return super().forward(x)
-        running = self.running_mean, self.running_var
-        found = [[torch.zeros_like(r) for r in running] for _ in groups]  # momentum 1.0 replaces these zeros
-        y = torch.cat([F.batch_norm(group, *statistics, self.weight, self.bias, True, 1.0, self.eps)
-                       for group, statistics in zip(groups, found, strict=True)])
         self.num_batches_tracked += 1
         part = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-        for old, new in zip(running, zip(*found, strict=True), strict=True):
-            old.lerp_(torch.stack(new).mean(0), part)
-        return y
+        each = part / len(groups)  # what every group weighs in the end, so a later one must count for less
+        return torch.cat([F.batch_norm(group, self.running_mean, self.running_var, self.weight, self.bias, True,
+                                       each / (1 - later * each), self.eps)
+                          for later, group in zip(reversed(range(len(groups))), groups, strict=True)])
 
 
 def split_batchnorm(module: nn.Module, images: int) -> nn.Module:

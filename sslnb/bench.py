@@ -3,6 +3,7 @@
 And scales: what memory a step needs, each in a process of its own.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -171,13 +172,21 @@ def memory(recipes: Mapping[str, Recipe], batches: Sequence[int] = (16, 32, 64, 
     Every measurement has a process to itself, in which glibc returns large blocks at once: what it would otherwise keep
     for later makes half as much again of what is needed, or nothing, as it happens.
     With few images the optimizer's step may be the peak, for it has numbers of its own: there the line bends.
+    Errors: InputError for what does not fit into a GPU.
     """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what this process holds in stock the others cannot have
     cases = [r.with_(batch=batch, gpus=1, accum=1, precision="fp32") for r in recipes.values() for batch in batches]
     found = subprocess.run([sys.executable, "-c", "from sslnb.bench import _weigh; _weigh()"], text=True, check=True,
                            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}, stdout=subprocess.PIPE,
                            input="\n".join(json.dumps(r.to_json()) for r in cases)).stdout
     peaks = iter(int(line) for line in found.split())
-    return {name: Memory({batch: next(peaks) for batch in batches}) for name in recipes}
+    weighed = {name: Memory({batch: next(peaks) for batch in batches}) for name in recipes}
+    for name, m in weighed.items():
+        for batch in (batch for batch, most in m.peaks.items() if not most):
+            raise InputError(f"{name}: a step in fp32 with {batch} images of {recipes[name].size} px does not fit into "
+                             "this GPU; weigh smaller batches.")
+    return weighed
 
 
 def peak(cuda: bool) -> int:
@@ -191,7 +200,8 @@ def peak(cuda: bool) -> int:
 
 
 def _weigh() -> None:
-    """Peaks, one a line, of the recipes on standard input, one a line, each in a fork of this process."""
+    """Peaks, one a line, of the recipes on standard input, one a line, each in a fork of this process; 0 for one that
+    does not fit into the GPU."""
     from . import train  # noqa: F401
     from .bench_steps import training_step
 
@@ -205,10 +215,13 @@ def _weigh() -> None:
         if (child := os.fork()) == 0:
             torch.set_num_threads(threads)
             cuda = torch.cuda.is_available()
-            before, step = peak(cuda), training_step(recipe)
-            for _ in range(2):  # the optimizer's own numbers are there from the second step on
-                step()
-            print(peak(cuda) - before, flush=True)
+            before, most = peak(cuda), 0
+            with contextlib.suppress(torch.OutOfMemoryError):
+                step = training_step(recipe)
+                for _ in range(2):  # the optimizer's own numbers are there from the second step on
+                    step()
+                most = peak(cuda) - before
+            print(most, flush=True)
             os._exit(0)
         if os.waitpid(child, 0)[1]:
             sys.exit(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError, NonFinite
 from .files import FULL, os_error
@@ -62,6 +62,26 @@ class Stop:
         if self._orphaned:
             return SystemExit(0)  # nobody is left to see it, and after an error torchrun would start us again
         return KeyboardInterrupt(self.reason) if self.reason == "SIGINT" else SystemExit(143)
+
+
+def compiled(method: nn.Module) -> nn.Module:
+    """The method through torch.compile. Of transformers only the blocks, one by one: they are alike, and what is
+    compiled for the first serves all (MAE with a ViT-B on one core: 30 s instead of 141, and steps as fast)."""
+    torch._dynamo.config.recompile_limit = 64  # not 8: blocks differ in width, windows and drop path
+    blocks = [module for module in method.modules() if hasattr(module, "attn") or hasattr(module, "attend")]
+    for block in blocks:
+        block.compile()
+    return method if blocks else torch.compile(method)
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """For a look at a method in training: its blocks would be compiled anew, for other images and without gradients."""
+    if "torch._dynamo" not in sys.modules:  # importing it takes longer than some looks
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import InputError, NonFinite
 from .files import drafted
-from .launch import any_process
+from .launch import any_process, uncompiled
 from .reading import next_batch
 from .recipes import Recipe
 from .run import Run
@@ -45,6 +45,7 @@ class Monitor:
         """After this epoch, -1 being before the first."""
         return self.on and ((epoch + 1) % self.every == 0 or epoch + 1 == self.recipe.epochs)
 
+    @uncompiled()
     @torch.no_grad()
     def look(self, method, step: int) -> dict[str, Any]:
         """Measure, write a "monitor" row and a snapshot, and return the row."""

@@ -1,6 +1,6 @@
 """Batched photometry: one parameter per image, one implementation for CPU and GPU, and the numbers it draws.
 
-x is (B, 3, H, W) in [0, 1]; factors are (B,), on the CPU wherever x is. Formulas agree with
+x is (B, 3, H, W) in [0, 1]; factors are (B,), on the CPU or where x is. Formulas agree with
 torchvision.transforms.functional. Colours change in place: a large image and its copy would not fit into a CPU core's
 cache together.
 """
@@ -8,6 +8,7 @@ cache together.
 import functools
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,31 +30,21 @@ class Draws:
     drawn: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.mixed = _mix(self.seeds.cpu())
+        self.mixed = _mix(self.seeds.cpu().numpy().astype(np.uint64))
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> Tensor:
         """float32 (B,) in [low, high), on the CPU."""
         self.drawn += 1
-        counter = _signed((self.stream * 1000 + self.drawn) * GOLDEN)
-        bits = _mix(self.mixed + counter)
-        unit = _shift(bits, 11).double() * 2.0**-53
-        return (low + (high - low) * unit).float()
+        counter = (self.stream * 1000 + self.drawn) * GOLDEN % 2**64
+        unit = (_mix(self.mixed + np.uint64(counter)) >> np.uint64(11)) * 2.0**-53
+        return torch.from_numpy((low + (high - low) * unit).astype(np.float32))
 
 
-def _shift(x: Tensor, k: int) -> Tensor:
-    """Logical shift to the right; int64's own keeps the sign."""
-    return (x >> k) & ((1 << (64 - k)) - 1)
-
-
-def _signed(x: int) -> int:
-    """A 64-bit pattern as the int64 torch wants; its products wrap around, which is what the mixing needs."""
-    return (x + 2**63) % 2**64 - 2**63
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+def _mix(x: np.ndarray) -> np.ndarray:
+    """uint64, whose products wrap around, which is what the mixing needs."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def luma(x: Tensor) -> Tensor:
@@ -130,7 +121,9 @@ def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
 
 def per_image(factor: Tensor, x: Tensor) -> Tensor | float:
     """To calculate with x (B, …, H, W): (B, 1, 1, 1) on its device; of one image a plain number, which is faster."""
-    return factor.item() if len(factor) == 1 else factor.view(-1, 1, 1, 1).to(x.device, non_blocking=True)
+    if len(factor) == 1 and factor.device.type == "cpu":
+        return factor.item()
+    return factor.view(-1, 1, 1, 1).to(x.device, non_blocking=True)
 
 
 def _clamped(x: Tensor, factor: Tensor | float) -> Tensor:

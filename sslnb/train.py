@@ -98,7 +98,7 @@ class Trainer:
         method.to(self.device, memory_format=torch.channels_last)
         self.method = method
         self.optimizer = optim.build(method.param_groups(recipe), recipe)
-        model = torch.compile(method) if settings["compile"] else method
+        model = launch.compiled(method) if settings["compile"] else method
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         self.model.train()
         torch.manual_seed(self.seed * 1009 + rank + 1)  # from here on (masks, dropout) processes must differ

@@ -2,13 +2,14 @@
 
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from sslnb import backbones, bench
+from sslnb import backbones, bench, methods
 from sslnb.bench_lightly import lightly_step
 from sslnb.bench_steps import bare_step, passes, random_views, startup, training_step
 from sslnb.errors import InputError
@@ -137,3 +138,14 @@ def test_what_happens_once_is_timed(tiny, tmp_path):
     assert len(taken) == 5 and all(seconds >= 0 for seconds in taken.values())
     assert taken["the training itself, in a script"] < taken["a run of one step, from its command to its end"] + 60
     assert {p.name for p in tmp_path.iterdir()} == {"one step", "script", "kernel"}
+
+
+def test_what_does_not_fit_into_a_gpu_is_named(monkeypatch):
+    """The processes that weigh print 0 for it."""
+    recipes = {"mae": methods.recipes("mae")["demo"]}
+    said = SimpleNamespace(stdout="1000\n3000\n")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **how: said)
+    assert bench.memory(recipes, (2, 4))["mae"].peaks == {2: 1000, 4: 3000}
+    said.stdout = "1000\n0\n"
+    with pytest.raises(InputError, match="mae: a step in fp32 with 4 images of 28 px does not fit"):
+        bench.memory(recipes, (2, 4))

@@ -123,6 +123,8 @@ def told(self, stop):
         y.pow(2).sum().backward()
         print("same", torch.equal(x, y) and torch.allclose(x.grad, 2 * x))
         x.grad = None
+    # Accelerate leaves a model alone that one process trains.
+    self.model = torch.nn.parallel.DistributedDataParallel(self.model, **self.accelerator.ddp_handler.to_kwargs())
     print("on", dist.get_backend(), type(self.model).__name__)
     fit(self, stop)
 train.Trainer.fit = told
@@ -130,9 +132,9 @@ train.main()
 """
 
 
-@pytest.mark.parametrize("name", ["simclr", "mocov2", "densecl", "mae"])
+@pytest.mark.parametrize("name", ["simclr", "mocov2", "densecl", "barlowtwins", "mae"])
 def test_one_process_on_nccl_trains_as_the_kernel_does(tiny, tmp_path, name):
-    recipe = tiny(name, data="digits_scattered", batch=325)  # a fresh process knows nothing of few_digits
+    recipe = tiny(name, data="digits_scattered", batch=320)  # a fresh process knows nothing of few_digits
     alone = pretrain(recipe, out=tmp_path / "alone")
     run = prepare(recipe, out=tmp_path / "nccl")
     (tmp_path / "told.py").write_text(SAYS_WHAT_IT_RUNS_ON)
@@ -147,7 +149,8 @@ def test_one_process_on_nccl_trains_as_the_kernel_does(tiny, tmp_path, name):
 def test_a_compiled_method_has_the_same_losses(tiny, tmp_path, name):
     whole, fast = (pretrain(tiny(name), out=tmp_path / str(on), compile=on) for on in (False, True))
     pairs = [(a["loss"], b["loss"]) for a, b in zip(whole.history(), fast.history(), strict=True)]
-    assert all(abs(a - b) < 0.02 * abs(a) for a, b in pairs), pairs
+    assert all(abs(a - b) < 0.001 * abs(a) for a, b in pairs[:3]), pairs  # from then on rounding drives them apart
+    assert all(abs(a - b) < 0.05 * abs(a) for a, b in pairs), pairs
     assert fast.latest()["method"].keys() == whole.latest()["method"].keys(), "no prefix of the compiler's"
 
 

@@ -1,5 +1,6 @@
 """MoCo v1 and v2: the dictionary look-up, the queue, the slow key encoder, and batch norm that gives nothing away."""
 
+import copy
 import math
 
 import pytest
@@ -122,19 +123,23 @@ def test_looking_leaves_the_queue_alone(name):
 # ---------------------------------------------------------------- batch norm in groups
 
 
-def test_split_batch_norm_is_batch_norm_of_every_group():
-    x, plain = torch.randn(8, 3, 4, 4) * 3 + 1, nn.BatchNorm2d(3)
+@pytest.mark.parametrize("groups", [2, 3, 5])
+@pytest.mark.parametrize("momentum", [0.1, 0.7, None])  # None averages over all batches
+def test_split_batch_norm_is_batch_norm_of_every_group(groups, momentum):
+    """What a batch norm on each of several GPUs would do, the running statistics being the mean over them."""
+    plain = nn.BatchNorm2d(3, momentum=momentum)
     nn.init.normal_(plain.weight)
-    twins = [nn.BatchNorm2d(3) for _ in range(2)]
-    for twin in twins:
-        twin.load_state_dict(plain.state_dict())
+    twins = [copy.deepcopy(plain) for _ in range(groups)]
     split = split_batchnorm(nn.Sequential(plain), 4)[0]
     assert isinstance(split, SplitBatchNorm) and split.weight is plain.weight
-    expected = torch.cat([twin(part) for twin, part in zip(twins, x.chunk(2), strict=True)])
-    assert torch.allclose(split(x), expected, atol=1e-6)
-    for key in ("running_mean", "running_var"):
-        assert torch.allclose(getattr(split, key), (getattr(twins[0], key) + getattr(twins[1], key)) / 2, atol=1e-6)
-    assert split.num_batches_tracked == 1
+    for batch in 1, 2, 3:
+        x = torch.randn(4 * groups, 3, 4, 4) * 3 + batch
+        expected = torch.cat([twin(part) for twin, part in zip(twins, x.split(4), strict=True)])
+        assert torch.allclose(split(x), expected, atol=1e-6)
+        for key in ("running_mean", "running_var"):
+            mean = torch.stack([getattr(twin, key) for twin in twins]).mean(0)
+            assert torch.allclose(getattr(split, key), mean, rtol=1e-5, atol=1e-6)
+    assert split.num_batches_tracked == 3
     plain.load_state_dict(split.state_dict())
     assert torch.equal(split.eval()(x), plain.eval()(x)), "the same state dict, and the same in evaluation"
 

@@ -1,5 +1,6 @@
 """The loop and the run directory: exact resume, honest steps, and nothing lost when something breaks."""
 
+import functools
 import json
 import os
 import shutil
@@ -218,6 +219,22 @@ def test_a_recipe_in_fp16_takes_what_the_cpu_is_fast_in(tiny, tmp_path, monkeypa
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu, raising=False)
     assert prepare(tiny(precision="fp16"), out=tmp_path / "half").recipe.precision == precision
     assert prepare(tiny(), out=tmp_path / "full").recipe.precision == "fp32"
+
+
+@pytest.mark.parametrize(("method", "graphs"), [("mae", 2), ("cae", 5), ("simclr", 1)])
+def test_of_transformers_one_block_is_compiled_for_all(tiny, tmp_path, monkeypatch, method, graphs):
+    """A graph for each kind of block, not for each block, none for the monitor's looks, and no gap in any; a ResNet is
+    one graph. Compiled for Python's interpreter, which must not change a bit."""
+    from torch._dynamo import utils
+
+    torch._dynamo.reset()
+    utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    fast = pretrain(tiny(method), out=tmp_path / "fast", compile=True)
+    assert utils.counters["stats"]["unique_graphs"] == graphs and not utils.counters["graph_break"]
+    whole = pretrain(tiny(method), out=tmp_path / "whole")
+    assert [row["loss"] for row in fast.history()] == [row["loss"] for row in whole.history()]
+    assert fast.latest()["method"].keys() == whole.latest()["method"].keys()
 
 
 def test_a_tracker_by_name(tiny, tmp_path):
