@@ -11,7 +11,8 @@ self-supervision; this split is what makes it cheap.
 """
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass, replace
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class BatchOp:
     """An op of stage two: `apply(x, *sample(draws))` with x (B, 3, H, W) in [0, 1], which it may overwrite; parameters
-    stay on the CPU, so that choosing the images an op applies to never waits for the device."""
+    stay on the CPU, so that choosing the images an op applies to never waits for the device. A probability `p` is for
+    `sample` alone: views that differ in nothing else are applied together."""
 
     def sample(self, draws: Draws) -> tuple[Tensor, ...]:
         return ()
@@ -195,9 +197,15 @@ class View:
             image = op(image, rng)
         return (image if isinstance(image, Tensor) else pixels(image)).contiguous()
 
-    def photometric(self, x: Tensor, *draws: Draws) -> Tensor:
-        """uint8 (B, 3, h, w) -> float32, normalised if the view says so. Several draws of a view lie one after the
-        other in x.
+    def goes_with(self, other: "View") -> bool:
+        """Whether the other's ops are these, but for their probabilities."""
+        return len(self.batch_ops) == len(other.batch_ops) and all(
+            a == b or type(a) is type(b) and is_dataclass(a) and hasattr(a, "p") and replace(a, p=b.p) == b
+            for a, b in zip(self.batch_ops, other.batch_ops, strict=True))
+
+    def photometric(self, x: Tensor, *draws: Draws, views: Sequence["View"] = ()) -> Tensor:
+        """uint8 (B, 3, h, w) -> float32, normalised if the view says so. Several draws lie one after the other in x, of
+        this view, or else of `views` that go with it.
 
         On a CPU few images at a time: what the ops pass over again and again then stays in its cache (measured: 2.5
         to 3 times faster than batches of 16 at 224 px). The batch itself is numpy's, which asks Linux for large pages:
@@ -210,7 +218,9 @@ class View:
         if ops and isinstance(ops[-1], Normalize):
             *ops, last = ops
         with torch.inference_mode():  # where torch takes less time for small things; `done` is from outside
-            drawn = [[torch.cat(p).split(few) for p in zip(*(op.sample(d) for d in draws), strict=True)] for op in ops]
+            by_op = zip(*(view.batch_ops[:len(ops)] for view in views or [self] * len(draws)), strict=True)
+            drawn = [[torch.cat(p).split(few) for p in zip(*map(lambda op, d: op.sample(d), same, draws), strict=True)]
+                     for same in by_op]
             for n, (part, place) in enumerate(zip(x.split(few), done.split(few), strict=True)):
                 part = part / 255
                 for op, parameters in zip(ops, drawn, strict=True):
@@ -249,7 +259,7 @@ class Views:
     def photometric(self, crops: list[Tensor], seeds: Tensor) -> list[Tensor]:
         """uint8 batches (B, 3, h, w) and the images' seeds (B,) -> one float batch per view.
 
-        On a GPU the draws of a view go together: it takes few large operations sooner than many small ones.
+        On a GPU views that go with each other go together: it takes few large operations sooner than many small ones.
         """
         draws, stream = [], 0
         for v, (view, _) in enumerate(zip(self.views, crops, strict=True)):
@@ -257,10 +267,12 @@ class Views:
             draws.append(Draws(seeds, stream))
         batches: list[Tensor] = []
         while (first := len(batches)) < len(crops):
-            view = self.views[first]
-            last = first + (view.count if crops[first].is_cuda else 1)
+            view, shape, last = self.views[first], crops[first].shape, first + 1
+            while crops[first].device.type != "cpu" and last < len(crops) and crops[last].shape == shape \
+                    and view.goes_with(self.views[last]):
+                last += 1
             x = torch.cat(crops[first:last]) if last - first > 1 else crops[first]
-            batches += view.photometric(x, *draws[first:last]).split(len(seeds))
+            batches += view.photometric(x, *draws[first:last], views=self.views[first:last]).split(len(seeds))
         return batches
 
     def __call__(self, images: list[Image.Image], seed: int = 0) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from sslnb import methods, photometry
+from sslnb import methods, photometry, resolve
 from sslnb import views as V
 from sslnb.embedded import photos
 from sslnb.errors import InputError
@@ -228,12 +228,35 @@ def test_no_device_is_asked_for_a_value():
         assert views.photometric([x], torch.arange(batch) + 7)[0].shape == x.shape
 
 
-def test_draws_of_a_view_may_go_together_as_on_a_gpu(pictures):
-    view = V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Greyscale(0.2), V.Blur(0.5), V.Normalize(), count=2)
+def test_views_that_differ_in_probabilities_may_go_together_as_on_a_gpu(pictures):
+    pair = [V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2, p=jitter), V.Greyscale(0.2), V.Blur(blur), V.Normalize())
+            for jitter, blur in ((0.8, 0.9), (0.5, 0.1))]
     x, seeds = (pictures * 255).byte(), torch.arange(len(pictures))
-    first, second = V.Views(view).photometric([x, x.flip(0)], seeds)
-    assert torch.equal(view.photometric(torch.cat([x, x.flip(0)]), Draws(seeds, 0), Draws(seeds, 1)),
+    first, second = V.Views(*pair).photometric([x, x.flip(0)], seeds)
+    assert torch.equal(pair[0].photometric(torch.cat([x, x.flip(0)]), Draws(seeds, 0), Draws(seeds, 1), views=pair),
                        torch.cat([first, second]))
+
+
+@pytest.mark.parametrize(("name", "together"), [("simclr", [2]), ("byol", [2]), ("mocov3", [2]), ("swav", [2, 6])])
+def test_what_a_gpu_does_in_one_go(monkeypatch, name, together):
+    """A meta tensor is on no CPU either."""
+    with torch.device("meta"):
+        views = resolve(name, data="imagenet").build().views(224)
+    found, photometric = [], V.View.photometric
+    monkeypatch.setattr(V.View, "photometric", lambda view, x, *draws, views: found.append(len(views)) or
+                        photometric(view, x, *draws, views=views))
+    crops = [torch.empty(8, 3, 96 if name == "swav" and n > 1 else 224, 224, dtype=torch.uint8, device="meta")
+             for n in range(sum(together))]
+    made = views.photometric(crops, torch.arange(8))
+    assert found == together and [x.shape for x in made] == [x.shape for x in crops]
+
+
+def test_views_with_other_ops_do_not_go_together():
+    view = V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Blur(0.5))
+    for ops in ((V.ColorJitter(0.8, 0.8, 0.8, 0.1), V.Blur(0.5)), (V.ColorJitter(0.8, 0.8, 0.8, 0.2),),
+                (V.Blur(0.5), V.ColorJitter(0.8, 0.8, 0.8, 0.2)), (V.ColorJitter(0.8, 0.8, 0.8, 0.2), V.Solarize(0.5))):
+        assert not view.goes_with(V.View(*ops)) and not V.View(*ops).goes_with(view)
+    assert view.goes_with(V.View(V.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.1), V.Blur(0.1)))
 
 
 def test_one_batch_of_crops_for_each_view(pictures):
