@@ -208,6 +208,7 @@ def worker_pids(out):
     return [int(p) for p in found if b"torch.distributed.run" not in open(f"/proc/{p}/cmdline", "rb").read()]
 
 
+@pytest.mark.faults
 def test_stopping_the_caller_saves_and_the_same_command_continues(tmp_path):
     out = tmp_path / "run"
     child = start(out, epochs=6)  # longer than it takes to stop it
@@ -238,6 +239,7 @@ def test_of_two_commands_started_together_one_trains_and_sigterm_waits_until_it_
     assert Run(out).latest()["step"] == status["step"] > 0 and f"Stopped at step {status['step']} of" in said
 
 
+@pytest.mark.faults
 def test_after_a_kill_of_the_caller_its_processes_save_and_the_same_command_at_once_continues(tmp_path):
     out = tmp_path / "run"
     child = start(out, epochs=60)

@@ -145,6 +145,7 @@ def saved(run, agents):
         time.sleep(0.02)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("dies, host", [("b", "a"), ("a", "b")], ids=["process 1 dies", "process 0 dies"])
 def test_a_machine_that_died_comes_back_and_the_run_ends_as_if_nothing_had_happened(
         start, pictures, whole, tmp_path, dies, host):
@@ -159,6 +160,7 @@ def test_a_machine_that_died_comes_back_and_the_run_ends_as_if_nothing_had_happe
     assert same(run, whole)
 
 
+@pytest.mark.faults
 def test_without_the_machine_that_is_the_meeting_point_all_end_and_the_same_commands_continue(
         start, pictures, whole, tmp_path):
     run = prepared(pictures, tmp_path / "run")
@@ -171,6 +173,7 @@ def test_without_the_machine_that_is_the_meeting_point_all_end_and_the_same_comm
     assert "at step 96 of 144" in said and same(run, whole)
 
 
+@pytest.mark.faults
 def test_processes_do_not_outlive_their_torchrun(start, pictures, tmp_path):
     run = prepared(pictures, tmp_path / "run")
     agents = [start(name, run.path) for name in "ab"]
