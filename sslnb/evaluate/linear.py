@@ -71,8 +71,8 @@ def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels:
 class _Heads:
     """G linear classifiers on features standardised with the mean and std they were fitted on; all on one device.
 
-    Images come last, classes first: one product for all heads, and a softmax that goes along classes in long rows. The
-    other way round a CPU takes three times as long.
+    Classes first, images last: one product for all heads, and a softmax over long rows. The other way round, G x B x C,
+    the whole probe takes a CPU 1.5 to 2 times as long.
     """
 
     weight: Tensor  # C x G x D
@@ -98,9 +98,9 @@ def _fit(x: Tensor, labels: Tensor, lrs: Sequence[float], *, classes: int, epoch
     generator = torch.Generator().manual_seed(seed)
     std = x.float().std(0, correction=0)
     std = torch.where(std > 1e-6, std, 1.0)  # a dead dimension stays dead instead of becoming amplified noise
-    weight = 0.01 * torch.randn(x.shape[1], classes, generator=generator)
-    heads = _Heads(weight.T[:, None].repeat(1, len(lrs), 1).to(device), torch.zeros(classes, len(lrs), 1, device=device),
-                   x.float().mean(0).to(device), std.to(device))
+    weight = 0.01 * torch.randn(x.shape[1], classes, generator=generator).T[:, None].repeat(1, len(lrs), 1)
+    heads = _Heads(weight.to(device), torch.zeros(classes, len(lrs), 1, device=device), x.float().mean(0).to(device),
+                   std.to(device))
     rate = torch.tensor(lrs, device=device, dtype=torch.float32)[:, None]  # G x 1
     speed_w, speed_b = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
     for epoch in range(epochs):
