@@ -183,9 +183,10 @@ def memory(recipes: Mapping[str, Recipe], batches: Sequence[int] = (16, 32, 64, 
     peaks = iter(int(line) for line in found.split())
     weighed = {name: Memory({batch: next(peaks) for batch in batches}) for name in recipes}
     for name, m in weighed.items():
-        for batch in (batch for batch, most in m.peaks.items() if not most):
-            raise InputError(f"{name}: a step in fp32 with {batch} images of {recipes[name].size} px does not fit into "
-                             "this GPU; weigh smaller batches.")
+        for batch, most in m.peaks.items():
+            if not most:
+                raise InputError(f"{name}: a step in fp32 with {batch} images of {recipes[name].size} px does not fit "
+                                 "into this GPU; weigh smaller batches.")
     return weighed
 
 

@@ -67,7 +67,7 @@ class Stop:
 def compiled(method: nn.Module) -> nn.Module:
     """The method through torch.compile. Of transformers only the blocks, one by one: they are alike, and what is
     compiled for the first serves all (MAE with a ViT-B: a quarter of the time, and steps as fast)."""
-    torch._dynamo.config.recompile_limit = 64  # not 8: blocks differ in width, windows and drop path
+    torch._dynamo.config.cache_size_limit = 64  # graphs for one block, not 8: width, windows and drop path differ
     blocks = [module for module in method.modules() if hasattr(module, "attn") or hasattr(module, "attend")]
     for block in blocks:
         block.compile()

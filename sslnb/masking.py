@@ -39,8 +39,7 @@ def random_mask(noise: Tensor, mask_ratio: float) -> Tensor:
     noise (B, L), U(0, 1): the cells with the smallest stay. -> (B, L) with exactly L - int(L * (1 - mask_ratio)) ones.
     Noise that is kept while the ratio grows gives nested masks, which is what a slider should show.
     """
-    visible = int(noise.shape[1] * (1 - mask_ratio))
-    return torch.ones_like(noise).scatter_(1, noise.argsort(1)[:, :visible], 0.0)
+    return _smallest_stay(noise, int(noise.shape[1] * (1 - mask_ratio)))
 
 
 def unit_mask(noise: Tensor, mask_ratio: float, cells: int) -> Tensor:
@@ -49,10 +48,13 @@ def unit_mask(noise: Tensor, mask_ratio: float, cells: int) -> Tensor:
     noise (B, U²) for the units; the largest go, U² * mask_ratio of them, rounded up. -> (B, (U * cells)²)
     """
     units = noise.shape[1]
-    removed = (noise.argsort(1).argsort(1) >= units - math.ceil(units * mask_ratio)).float()
     side = round(units**0.5)
-    grid = removed.view(-1, side, side)
+    grid = _smallest_stay(noise, units - math.ceil(units * mask_ratio)).view(-1, side, side)
     return grid.repeat_interleave(cells, 1).repeat_interleave(cells, 2).flatten(1)
+
+
+def _smallest_stay(noise: Tensor, count: int) -> Tensor:
+    return torch.ones_like(noise).scatter_(1, noise.argsort(1)[:, :count], 0.0)
 
 
 def block_mask(batch: int, side: int, count: int, least: int, exact: bool,

@@ -75,16 +75,15 @@ class ColorJitter(BatchOp):
         on = draws() < self.p
         factors = [draws(max(0.0, 1 - s), 1 + s) for s in (self.brightness, self.contrast, self.saturation)]
         factors.append(draws(-self.hue, self.hue))
-        order = torch.stack([draws() for _ in range(4)], 1).argsort(1)  # B x 4: which op comes at which place
-        return torch.stack(factors, 1), order.where(on[:, None], -1)
+        order = torch.stack([draws() for _ in range(4)], 1).argsort(1)  # B x 4: which op comes at which place, or -1
+        used = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue]) > 0
+        return torch.stack(factors, 1), order.where(on[:, None] & used[order], -1)
 
     def apply(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         """Place by place the images are sorted by the op they have there, so that each op finds its own side by side:
         on a GPU the number of operations is what takes time."""
         ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-        used = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue, 0.0]) > 0  # the last is -1's
-        order = order.where(used[order], -1)
-        if len(x) == 1:  # as on a CPU, where there is nothing to sort
+        if len(x) == 1:  # as of large ones on a CPU: there is nothing to sort, and sorting takes longer than an op
             for which in order[0].tolist():
                 if which >= 0:
                     ops[which](x, factors[:, which])
@@ -218,9 +217,10 @@ class View:
         if ops and isinstance(ops[-1], Normalize):
             *ops, last = ops
         with torch.inference_mode():  # where torch takes less time for small things; `done` is from outside
-            by_op = zip(*(view.batch_ops[:len(ops)] for view in views or [self] * len(draws)), strict=True)
-            drawn = [[torch.cat(p).split(few) for p in zip(*map(lambda op, d: op.sample(d), same, draws), strict=True)]
-                     for same in by_op]
+            drawn = []
+            for same in zip(*(view.batch_ops[:len(ops)] for view in views or [self] * len(draws)), strict=True):
+                parameters = zip(*(op.sample(d) for op, d in zip(same, draws, strict=True)), strict=True)
+                drawn.append([torch.cat(p).split(few) for p in parameters])
             for n, (part, place) in enumerate(zip(x.split(few), done.split(few), strict=True)):
                 part = part / 255
                 for op, parameters in zip(ops, drawn, strict=True):

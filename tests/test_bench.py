@@ -1,6 +1,9 @@
 """The clocks of the throughput notebook."""
 
+import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -138,6 +141,25 @@ def test_what_happens_once_is_timed(tiny, tmp_path):
     assert len(taken) == 5 and all(seconds >= 0 for seconds in taken.values())
     assert taken["the training itself, in a script"] < taken["a run of one step, from its command to its end"] + 60
     assert {p.name for p in tmp_path.iterdir()} == {"one step", "script", "kernel"}
+
+
+def test_a_step_that_does_not_fit_into_a_gpu_weighs_nothing_and_the_next_one_is_weighed():
+    code = """
+import torch
+from sslnb import bench, bench_steps
+
+step = bench_steps.training_step
+def small(recipe):
+    if recipe.batch > 8:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return step(recipe)
+bench_steps.training_step = small
+bench._weigh()
+"""
+    asked = "\n".join(json.dumps(methods.recipes("mae")["demo"].with_(batch=n).to_json()) for n in (16, 8))
+    said = subprocess.run([sys.executable, "-c", code], input=asked, text=True, check=True, stdout=subprocess.PIPE)
+    none, some = map(int, said.stdout.split())
+    assert none == 0 < some
 
 
 def test_what_does_not_fit_into_a_gpu_is_named(monkeypatch):

@@ -166,7 +166,7 @@ def clustering(monkeypatch):
 def test_clustering_before_epochs_counts(tiny, clustering, capsys):
     found = preflight(tiny("deepcluster", epochs=10, every=4), steps=2)
     assert clustering.saw == [(130, 130)] * 2 and found.rounds == 3, "before epochs 0, 4 and 8"
-    assert found.again == pytest.approx(clustering.took[1], rel=0.3) and found.once == 0
+    assert 0.26 < clustering.took[1] <= found.again < 1.3 * clustering.took[1] and found.once == 0
     assert found.total == pytest.approx(found.step * 40 + 3 * found.again)
     assert f"3 x {found.again:.1f} s before epochs, in which the method works on the images\n" in str(found)
     assert capsys.readouterr().out == ""
@@ -176,7 +176,8 @@ def test_of_many_images_a_few_are_clustered(tiny, clustering, capsys, monkeypatc
     monkeypatch.setattr(estimate, "FEW", 20)
     found = preflight(tiny("deepcluster", clusters=20, every=1, gpus=2, batch=16), steps=2)
     assert clustering.saw == [(40, 40)] * 2 and found.rounds == 2, "twice the clusters"
-    assert found.again == pytest.approx(clustering.took[1] * 130 / 40 / 2, rel=0.3), "one process's share in all 130"
+    share = clustering.took[1] * 130 / 40 / 2  # of one process in all 130
+    assert 0.08 * 130 / 40 / 2 < share <= found.again < 1.3 * share
     assert "as if 2 processes shared it, timed with 40 of 130 and without the memory for the others\n" in str(found)
     assert "timed with 40" in capsys.readouterr().out
 

@@ -111,9 +111,8 @@ def _fit(x: Tensor, labels: Tensor, lrs: Sequence[float], *, classes: int, epoch
             error = heads.logits(z).softmax(0)  # C x G x B
             error.add_(TINY).sub_(TINY)  # below 1e-27 it is 0: with denormal numbers a CPU can take 4 times as long
             error.sub_(F.one_hot(y, classes).T[:, None]).div_(len(rows))
-            speed_w.mul_(momentum).add_((error.flatten(0, 1) @ z).view_as(speed_w))
-            if weight_decay:
-                speed_w.add_(heads.weight, alpha=weight_decay)
+            gradient = (error.flatten(0, 1) @ z).view_as(speed_w).add_(heads.weight, alpha=weight_decay)
+            speed_w.mul_(momentum).add_(gradient)
             speed_b.mul_(momentum).add_(error.sum(2, keepdim=True))
             heads.weight -= lr * speed_w
             heads.bias -= lr * speed_b
