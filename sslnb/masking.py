@@ -67,7 +67,7 @@ def block_mask(batch: int, side: int, count: int, least: int, exact: bool,
     """
     if not 0 < count < side * side:
         raise InputError(f"{count} of {side * side} cells cannot be masked; use a mask_ratio between 0 and 1.")
-    # In numpy, for the last images take a hundred rounds and torch three times as long for so few numbers.
+    # In numpy, for the last images take a hundred rounds and torch twice as long for so few numbers.
     mask = np.zeros((batch, side, side), bool)
     missing, misses = np.full(batch, count), np.zeros(batch, int)
     place, todo = np.arange(side), np.arange(batch)
