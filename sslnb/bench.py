@@ -130,7 +130,7 @@ def loading(folder: str | Path, views: Views, batch: int = 64) -> Callable[[], o
 
     def epoch() -> None:
         order = EpochSampler(len(images), min(batch, len(images)))
-        for crops, _, seeds, _ in torch.utils.data.DataLoader(ViewSet(images, views.crop), batch_sampler=order):
+        for crops, _, seeds, _ in torch.utils.data.DataLoader(ViewSet(images, views), batch_sampler=order):
             views.photometric([x.to(the_device("auto")) for x in crops], seeds)
     return epoch
 

@@ -1,16 +1,16 @@
-"""Images by name or by path, decoded to RGB, and parts of a set such as the 1 % and 10 % subsets."""
+"""Images by name or by path, in RGB, and parts of a set such as the 1 % and 10 % subsets."""
 
 import os
 from collections.abc import Sequence
-from errno import EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .decoding import pixels, read_image, read_pixels
 from .embedded import DEBIAN_FASHION_MNIST, EMBEDDED, FASHION_CLASSES, read_idx
 from .errors import InputError, unknown
 from .folders import EXTENSIONS, Listing, check_classes, kept, layout, listing, subfolders, with_images
@@ -18,12 +18,6 @@ from .folders import EXTENSIONS, Listing, check_classes, kept, layout, listing, 
 DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
 NAMES = [*EMBEDDED, "clothes_in_photos", *DOWNLOADS, "imagenet", "imagenet100"]
 HELD_OUT = 0.1
-# What the system says about one file (Pillow: nothing). All else is about the machine: the next image would fare alike.
-OF_THE_FILE = {None, EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR, EPERM}
-
-
-class BrokenImage(InputError):
-    """An image that cannot be decoded, or was removed; the message says which and why."""
 
 
 class Images(Dataset):
@@ -46,6 +40,11 @@ class Images(Dataset):
 
     def __getitem__(self, i: int) -> Image.Image:
         return read_image(self.where(i)) if self.root else Image.fromarray(self.items[i]).convert("RGB")
+
+    def pixels(self, i: int) -> Tensor:
+        """The i-th image as uint8 (3, H, W), with the channels of a pixel side by side in memory; `images[i]`, sooner.
+        """
+        return read_pixels(self.where(i)) if self.root else pixels(self[i])
 
     def where(self, i: int) -> str:
         """The i-th image's file, or `name[i]` for a set that is held in memory."""
@@ -92,38 +91,6 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     if not 0 < fraction <= 1:
         raise InputError(f"fraction={fraction} is outside (0, 1]: give a part such as 0.1, or a list file.")
     return images.subset(_draw(images, fraction, seed))
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The image file in RGB, upright. Raises BrokenImage with the path and the reason, if the file is to blame."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
-    except MemoryError:
-        raise
-    except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError and others
-        number = error.errno if isinstance(error, OSError) else None
-        if number not in OF_THE_FILE:
-            error.filename = error.filename or str(path)  # reading, unlike opening, does not say from where
-            raise
-        if number and not os.path.isdir(os.path.dirname(path) or "."):
-            raise InputError(f"No image can be decoded from {path}: bring back its folder, or its disk.") from error
-        raise BrokenImage(f"Cannot read image {path}: {error}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image in RGB: transparency on white, 16 bits scaled to 8, floats stretched from min to max."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        low, high = (values.min(), values.max()) if image.mode == "F" else (0, 65535)
-        values = (values - low) / max(high - low, 1e-12) * 255
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> Images:

@@ -4,8 +4,6 @@ import math
 import random
 from dataclasses import dataclass
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -22,11 +20,6 @@ class ImageOp:
     """
 
     on_tensors = False
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """RGB as uint8 (3, H, W), with the channels of a pixel side by side in memory: so torch resizes fastest."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)

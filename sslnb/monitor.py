@@ -113,7 +113,7 @@ class Monitor:
 
     def _readable(self, count: int) -> list[Image.Image]:
         """The first pictures of the bank that can be decoded."""
-        from .data import BrokenImage
+        from .decoding import BrokenImage
 
         found: list[Image.Image] = []
         for i in range(len(self.bank)):

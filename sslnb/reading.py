@@ -6,30 +6,32 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .data import BrokenImage, Images
+from .data import Images
+from .decoding import BrokenImage
 from .errors import InputError
+from .views import Views
 
 
 class ViewSet(Dataset):
-    """`views[(index, seed)]` is (crops, index, seed, broken), the crops being uint8 tensors (3, h, w).
+    """Item (index, seed) is (crops, index, seed, broken), the crops being uint8 tensors (3, h, w).
 
-    `crop(image, rng)` makes them, with rng a `random.Random(seed)`: they depend on no worker. For a broken image the
-    next readable one is taken, so that batches stay full: `index` is the image that is shown, `broken` the one that
-    was asked for (-1 if all is well). After 100 broken ones it is an InputError. What no image is to blame for, such
-    as a network disk that is gone, is raised at once.
+    `views.crop` makes them, with a `random.Random(seed)`: they depend on no worker. For a broken image the next
+    readable one is taken, so that batches stay full: `index` is the image that is shown, `broken` the one that was
+    asked for (-1 if all is well). After 100 broken ones it is an InputError. What no image is to blame for, such as a
+    network disk that is gone, is raised at once.
     Torch's default collate gives a list of (B, 3, h, w), then index, seed and broken, each (B,) int64.
     """
 
-    def __init__(self, images: Images, crop: Callable[[Image.Image, random.Random], list[Tensor]]) -> None:
-        self.images, self.crop = images, crop
+    def __init__(self, images: Images, views: Views) -> None:
+        self.images, self.views = images, views
+        self.read = images.pixels if views.on_tensors else images.__getitem__
 
     def __len__(self) -> int:
         return len(self.images)
@@ -40,11 +42,11 @@ class ViewSet(Dataset):
         for index in range(asked, asked + 100):
             index %= len(self)
             try:
-                image = self.images[index]
+                image = self.read(index)
             except BrokenImage as error:
                 reason = error
                 continue
-            return self.crop(image, random.Random(seed)), index, seed, -1 if index == asked else asked
+            return self.views.crop(image, random.Random(seed)), index, seed, -1 if index == asked else asked
         raise InputError(f"No image can be decoded from {self.images.where(asked)} to the 100th after it: restore the "
                          f"files ({reason}).")
 
@@ -85,11 +87,11 @@ def _outlive_signals(worker: int) -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def in_order(images: Images, crop: Callable[[Image.Image, random.Random], list[Tensor]], batch: int,
-             workers: int | str = "auto", rank: int = 0, world: int = 1) -> DataLoader:
+def in_order(images: Images, views: Views, batch: int, workers: int | str = "auto", rank: int = 0,
+             world: int = 1) -> DataLoader:
     """Batches of a ViewSet for a test: every image once, in order; of `world` processes each gets every world-th."""
     mine = [(i, 0) for i in range(rank, len(images), world)]
-    return image_loader(ViewSet(images, crop), loader_workers(workers, images, world), batch_size=batch, sampler=mine)
+    return image_loader(ViewSet(images, views), loader_workers(workers, images, world), batch_size=batch, sampler=mine)
 
 
 class EpochSampler(Sampler):

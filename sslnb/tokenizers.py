@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import clustering
-from .data import BrokenImage
+from .decoding import BrokenImage
 from .errors import InputError, unknown
 from .masking import patchify, unpatchify
 from .parts import agreed, full_precision

@@ -106,7 +106,7 @@ class Trainer:
         self.views = method.views(recipe.size)
         self.sampler = EpochSampler(len(self.images), recipe.batch, rank=rank, world=world, seed=self.seed)
         workers = loader_workers(settings["workers"], self.images, world)
-        self.loader = image_loader(ViewSet(self.images, self.views.crop), workers, batch_sampler=self.sampler,
+        self.loader = image_loader(ViewSet(self.images, self.views), workers, batch_sampler=self.sampler,
                                    persistent_workers=workers > 0, pin_memory=self.cuda)
         self.per_epoch = recipe.steps_per_epoch(len(self.images))
         self.total, self.step = recipe.total_steps(self.per_epoch), 0

@@ -6,15 +6,16 @@ import pickle
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from sslnb import data
-from sslnb.data import BrokenImage, Images, load, read_image
+from sslnb import data, decoding
+from sslnb.data import Images, load
+from sslnb.decoding import BrokenImage
 from sslnb.errors import InputError
 from sslnb.reading import EpochSampler, ViewSet, draw_seed, next_batch
 
@@ -314,60 +315,6 @@ def test_lists_in_a_folder_are_loaded_by_the_folder(tmp_path, digits):
     assert load(tmp_path / "val.txt").name == str(tmp_path / "val.txt")
 
 
-# Decoding
-
-def saved(tmp_path, image, name, **options):
-    image.save(tmp_path / name, **options)
-    return read_image(tmp_path / name)
-
-
-def test_transparency_is_composited_on_white(tmp_path, photo):
-    alpha = np.zeros((16, 24), np.uint8)
-    alpha[:, 12:] = 255
-    clear = photo.copy()
-    clear.putalpha(Image.fromarray(alpha))
-    for image in (clear, clear.convert("LA")):
-        decoded = pixels(saved(tmp_path, image, "a.png"))
-        assert (decoded[:, :12] == 255).all()
-        assert (decoded[:, 12:] == pixels(image.convert("RGB"))[:, 12:]).all()
-    palette = photo.quantize(16)
-    corner = palette.getpixel((0, 0))
-    decoded = pixels(saved(tmp_path, palette, "p.png", transparency=corner))
-    where = np.asarray(palette) == corner
-    assert (decoded[where] == 255).all() and (decoded[~where] == pixels(palette.convert("RGB"))[~where]).all()
-
-
-@pytest.mark.parametrize("mode,name,tolerance", [("L", "a.png", 0), ("1", "a.png", 0), ("P", "a.png", 0),
-                                                 ("CMYK", "a.jpg", 25), ("YCbCr", "a.jpg", 25)])
-def test_other_modes_become_rgb(tmp_path, photo, mode, name, tolerance):
-    image = photo.convert(mode)
-    decoded = saved(tmp_path, image, name)
-    assert decoded.mode == "RGB"
-    assert np.abs(pixels(decoded) - pixels(image.convert("RGB"))).mean() <= tolerance
-
-
-def test_deep_images_are_scaled_to_8_bits(tmp_path, photo):
-    grey = pixels(photo.convert("L"))
-    expected = np.repeat(grey[..., None], 3, axis=2)
-    sixteen = Image.fromarray((grey * 257).astype(np.uint16))
-    assert sixteen.mode.startswith("I;16")
-    for name in ("a.png", "a.tif"):
-        assert (pixels(saved(tmp_path, sixteen, name)) == expected).all()
-    thirty_two = Image.fromarray((grey * 257).astype(np.int32))
-    assert (pixels(saved(tmp_path, thirty_two, "b.tif")) == expected).all()
-    reals = Image.fromarray((grey / 100 - 3).astype(np.float32))
-    stretched = pixels(saved(tmp_path, reals, "c.tif"))[..., 0]
-    assert stretched.min() == 0 and stretched.max() == 255
-    assert np.abs(stretched - (grey - grey.min()) * 255 / (grey.max() - grey.min())).max() <= 0.51
-
-
-def test_exif_orientation_is_applied(tmp_path, photo):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
-    decoded = saved(tmp_path, photo, "turned.png", exif=exif)
-    assert (pixels(decoded) == np.rot90(pixels(photo), -1)).all()
-
-
 # Parts
 
 def test_fraction_is_stratified_deterministic_and_nested(digits):
@@ -414,6 +361,9 @@ def crop(image, rng):
     return [large, large[:, :4, :4]]
 
 
+views = SimpleNamespace(crop=crop, on_tensors=False)
+
+
 def test_broken_images_are_replaced_and_marked(tmp_path, digits):
     paths = []
     for i in range(5):
@@ -426,12 +376,12 @@ def test_broken_images_are_replaced_and_marked(tmp_path, digits):
     for i in (3, 4):
         with pytest.raises(BrokenImage, match=f"{i}.jpg: "):
             images[i]
-    views = ViewSet(images, crop)
-    crops, index, seed, broken = next(iter(DataLoader(views, batch_sampler=[[(i, 7) for i in range(5)]])))
+    loader = DataLoader(ViewSet(images, views), batch_sampler=[[(i, 7) for i in range(5)]])
+    crops, index, seed, broken = next(iter(loader))
     assert broken.tolist() == [-1, -1, -1, 3, 4] and index.tolist() == [0, 1, 2, 0, 0]
     assert crops[0][3].equal(crops[0][0])
     assert crops[0][4].equal(crops[0][0]), "the search goes on at the first image"
-    bad = ViewSet(images.subset([3, 4]), crop)
+    bad = ViewSet(images.subset([3, 4]), views)
     with pytest.raises(InputError, match="No image can be decoded from .*3.jpg .*: restore .*4.jpg: Trunc"):
         bad[(0, 1)]
 
@@ -442,14 +392,14 @@ def test_an_image_that_was_removed_is_replaced_but_not_a_folder(tmp_path, digits
     gone.unlink()
     with pytest.raises(BrokenImage, match=f"{gone.name}: .*No such file"):
         images[2]
-    _, index, _, broken = ViewSet(images, crop)[(2, 0)]
+    _, index, _, broken = ViewSet(images, views)[(2, 0)]
     assert (index, broken) == (3, 2)
     shutil.move(other.parent, tmp_path / "away")
     with pytest.raises(InputError, match=f"No image can be decoded from {other}: bring back its folder") as caught:
-        ViewSet(images, crop)[(10, 0)]
+        ViewSet(images, views)[(10, 0)]
     assert not isinstance(caught.value, BrokenImage)
     (tmp_path / "away").rename(other.parent)
-    assert ViewSet(images, crop)[(10, 0)][1] == 10
+    assert ViewSet(images, views)[(10, 0)][1] == 10
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.EIO, errno.ENOMEM, errno.ENOTCONN])
@@ -458,15 +408,15 @@ def test_what_the_machine_lacks_is_not_blamed_on_an_image(tmp_path, digits, monk
 
     def fails(*args):
         raise OSError(number, "the reason")
-    for where in ("sslnb.data.Image.open", "PIL.ImageFile.ImageFile.load"):
+    for where in ("sslnb.decoding.Image.open", "PIL.ImageFile.ImageFile.load"):
         with monkeypatch.context() as patch:
             patch.setattr(where, fails)
-            for get in (images.__getitem__, lambda i: ViewSet(images, crop)[(i, 0)],
-                        lambda i: next_batch(iter(DataLoader(ViewSet(images, crop), sampler=[(i, 0)])))):
+            for get in (images.__getitem__, images.pixels, lambda i: ViewSet(images, views)[(i, 0)],
+                        lambda i: next_batch(iter(DataLoader(ViewSet(images, views), sampler=[(i, 0)])))):
                 with pytest.raises(OSError, match=f"the reason: '{images.where(3)}'") as caught:
                     get(3)
                 assert caught.value.errno == number
-    assert ViewSet(images, crop)[(3, 0)][1] == 3
+    assert ViewSet(images, views)[(3, 0)][1] == 3
 
 
 def test_want_of_memory_is_not_blamed_on_an_image(tmp_path, digits, monkeypatch):
@@ -474,9 +424,9 @@ def test_want_of_memory_is_not_blamed_on_an_image(tmp_path, digits, monkeypatch)
 
     def fails(*args):
         raise MemoryError
-    monkeypatch.setattr(data, "to_rgb", fails)
+    monkeypatch.setattr(decoding, "to_rgb", fails)
     with pytest.raises(MemoryError):
-        ViewSet(images, crop)[(3, 0)]
+        ViewSet(images, views)[(3, 0)]
 
 
 def test_a_loader_process_says_what_the_machine_lacks(tmp_path, digits, monkeypatch):
@@ -484,8 +434,8 @@ def test_a_loader_process_says_what_the_machine_lacks(tmp_path, digits, monkeypa
 
     def fails(*args):
         raise OSError(errno.EMFILE, "Too many open files")
-    monkeypatch.setattr("sslnb.data.Image.open", fails)
-    loader = DataLoader(ViewSet(images, crop), sampler=[(3, 0)], num_workers=1, multiprocessing_context="fork")
+    monkeypatch.setattr("sslnb.decoding.Image.open", fails)
+    loader = DataLoader(ViewSet(images, views), sampler=[(3, 0)], num_workers=1, multiprocessing_context="fork")
     with pytest.raises(OSError, match=f"(?s)in DataLoader worker process.*Too many open files: '{images.where(3)}'"):
         next_batch(iter(loader))
 
@@ -493,7 +443,7 @@ def test_a_loader_process_says_what_the_machine_lacks(tmp_path, digits, monkeypa
 def test_a_loader_gives_the_same_bytes_for_any_number_of_workers(digits):
     def batches(workers):
         sampler = EpochSampler(40, 8, seed=3)
-        return list(DataLoader(ViewSet(digits, crop), batch_sampler=sampler, num_workers=workers))
+        return list(DataLoader(ViewSet(digits, views), batch_sampler=sampler, num_workers=workers))
 
     here, there = batches(0), batches(2)
     assert len(here) == len(there) == 5

@@ -40,7 +40,7 @@ class Pictures:
         return len(self.pixels)
 
     def __getitem__(self, i):
-        from sslnb.data import BrokenImage
+        from sslnb.decoding import BrokenImage
 
         if i in self.bad:
             raise BrokenImage(f"picture {i} cannot be read")

@@ -13,7 +13,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 from sslnb import backbones
-from sslnb.data import BrokenImage
+from sslnb.decoding import BrokenImage
 from sslnb.errors import InputError
 from sslnb.evaluate import lowshot, voc07
 from sslnb.evaluate.lowshot import COSTS, average_precision, draw, low_shot, svm

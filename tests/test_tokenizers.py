@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sslnb import data, pretrain
+from sslnb import data, decoding, pretrain
 from sslnb.dvae import DVAE
 from sslnb.errors import InputError
 from sslnb.masking import patchify
@@ -122,7 +122,7 @@ def test_images_that_cannot_be_read_are_left_out(clothes):
 
         def __getitem__(self, i):
             if i % 4 == 0:
-                raise data.BrokenImage(f"image {i}")
+                raise decoding.BrokenImage(f"image {i}")
             return clothes[0][i]
 
     seen = []

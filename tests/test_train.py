@@ -18,6 +18,7 @@ from sslnb.errors import InputError, NonFinite
 from sslnb.launch import Stop
 from sslnb.reading import EpochSampler, ViewSet, image_loader
 from sslnb.train import Trainer, train
+from sslnb.views import CenterCrop, View, Views
 
 METHODS = list(methods.METHODS)
 
@@ -400,7 +401,7 @@ def test_loader_processes_live_on_when_all_are_told_to_stop_and_end_with_their_t
     from sslnb import data
 
     images = data.load("digits_scattered").subset(range(64))
-    batches = iter(image_loader(ViewSet(images, lambda image, rng: [torch.zeros(1)]), 2, batch_sampler=EpochSampler(
+    batches = iter(image_loader(ViewSet(images, Views(View(CenterCrop(1)))), 2, batch_sampler=EpochSampler(
         64, 4), prefetch_factor=1))
     next(batches)
     workers = psutil.Process().children()
@@ -414,9 +415,10 @@ def test_loader_processes_live_on_when_all_are_told_to_stop_and_end_with_their_t
 
 def test_a_process_ends_with_loaders_that_nobody_told_to():
     """As after an error whose traceback is kept: Python's end signals them, and waits for them."""
-    script = ("from sslnb import data\nfrom sslnb.reading import EpochSampler, ViewSet, image_loader\nimport torch\n"
+    script = ("from sslnb import data\nfrom sslnb.reading import EpochSampler, ViewSet, image_loader\n"
+              "from sslnb.views import CenterCrop, View, Views\n"
               "images = data.load('digits_scattered').subset(range(64))\n"
-              "views = ViewSet(images, lambda image, rng: [torch.zeros(1)])\n"
+              "views = ViewSet(images, Views(View(CenterCrop(1))))\n"
               "loader = image_loader(views, 2, persistent_workers=True, batch_sampler=EpochSampler(64, 4))\n"
               "next(iter(loader))")
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -35,18 +35,19 @@ def test_colour_ops_agree_with_torchvision(pictures, ours, theirs, low, high):
     factors = torch.linspace(low, high, len(pictures))
     expected = one_by_one(theirs, pictures, factors)
     assert (ours(pictures.clone(), factors) - expected).abs().max() < TOLERANCE
-    alone = [ours(x, f) for x, f in zip(pictures.clone().split(1), factors.split(1), strict=True)]
+    alone = [ours(x, f) for x, f in zip(pictures.clone().split(1), factors.tolist(), strict=True)]
     assert (torch.cat(alone) - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("way", [photometry._shifted, photometry._convolved])  # of a CPU and of a GPU
-@pytest.mark.parametrize("taps", [3, 9, 23])
-def test_blur_agrees_with_torchvision(pictures, taps, way, monkeypatch):
-    monkeypatch.setattr(photometry, "_shifted", way)
+@pytest.mark.parametrize("way", [photometry._banded, photometry._convolved])  # of a CPU and of a GPU
+@pytest.mark.parametrize(("taps", "size"), [(3, (96, 96)), (9, (83, 96)), (23, (96, 49))])
+def test_blur_agrees_with_torchvision(pictures, taps, size, way, monkeypatch):
+    monkeypatch.setattr(photometry, "_banded", way)
+    pictures = pictures[..., :size[0], :size[1]]
     sigma = torch.linspace(0.1, 2, len(pictures))
     theirs = one_by_one(lambda x, s: TF.gaussian_blur(x, [taps, taps], [s, s]), pictures, sigma)
     assert (gaussian_blur(pictures, sigma, taps) - theirs).abs().max() < 1e-4  # it leaves out what weighs less
-    alone = [gaussian_blur(x, s, taps) for x, s in zip(pictures.split(1), sigma.split(1), strict=True)]
+    alone = [gaussian_blur(x, s, taps) for x, s in zip(pictures.split(1), sigma.tolist(), strict=True)]
     assert (torch.cat(alone) - theirs).abs().max() < 1e-4
 
 
@@ -226,6 +227,22 @@ def test_no_device_is_asked_for_a_value():
     for batch in 1, 16:
         x = torch.zeros(batch, 3, 96, 96, dtype=torch.uint8, device="meta")
         assert views.photometric([x], torch.arange(batch) + 7)[0].shape == x.shape
+
+
+def test_ops_that_want_tensors_get_them_of_large_images_too():
+    """Which come one by one on a CPU, where our own ops take plain numbers."""
+    class Shifted(V.BatchOp):
+        def sample(self, draws):
+            return draws(), torch.stack([draws(), draws()], 1)
+
+        def apply(self, x, all_by, of_two):
+            return x + all_by[:, None, None, None] + of_two.sum(1)[:, None, None, None]
+
+    x, seeds = torch.zeros(3, 3, 224, 224, dtype=torch.uint8), torch.arange(3)
+    draws = Draws(seeds, 0)
+    (found,) = V.Views(V.View(V.Solarize(0.0), Shifted())).photometric([x], seeds)
+    draws()  # Solarize's
+    assert found[:, 0, 5, 7].allclose(draws() + draws() + draws())
 
 
 def test_views_that_differ_in_probabilities_may_go_together_as_on_a_gpu(pictures):

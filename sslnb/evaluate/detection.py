@@ -173,8 +173,8 @@ class Detector(Protocol):
         if self.precise_batches:
             self.precise_norms(run)
         images, (rank, size) = run.recipe.load(self.test_on), world()
-        crop = self.views(run.recipe.size).crop
-        loader = in_order(images, crop, run.recipe.batch, run.settings["workers"], rank, size)
+        views = self.views(run.recipe.size)
+        loader = in_order(images, views, run.recipe.batch, run.settings["workers"], rank, size)
         self.eval()
         found = []
         for (crops,), index, _, broken in loader:
@@ -220,7 +220,7 @@ class Detector(Protocol):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(run.seed * 1009 + rank)
             workers = loader_workers(run.settings["workers"], self.images, size)
-            loader = image_loader(ViewSet(self.images, views.crop), workers, batch_sampler=sampler)
+            loader = image_loader(ViewSet(self.images, views), workers, batch_sampler=sampler)
             for n, (crops, index, seeds, _) in enumerate(loader):
                 if n == self.precise_batches:
                     break

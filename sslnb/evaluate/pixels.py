@@ -28,7 +28,7 @@ def to_batch(images, indices: Sequence[int], size: int, mean: Sequence[float], s
 
 def read(images, indices: Sequence[int], size: int) -> tuple[Tensor, list[int], list[str]]:
     """Pixels (B, 3, size, size) uint8, the indices they belong to, one sentence per broken image."""
-    from ..data import BrokenImage
+    from ..decoding import BrokenImage
 
     resize, square = Resize(round(size * MARGIN) if size >= MARGIN_FROM else size), CenterCrop(size)
     pixels, kept, broken = [np.zeros((0, size, size, 3), np.uint8)], [], []

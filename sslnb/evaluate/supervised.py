@@ -124,7 +124,7 @@ class Supervised(Protocol):
         not count."""
         images, (rank, size) = run.recipe.load(self.test_on), world()
         labels, view = labels_of(images, self.head.out_features), self.test_view(run.recipe.size)
-        loader = in_order(images, view.crop, run.recipe.batch, run.settings["workers"], rank, size)
+        loader = in_order(images, view, run.recipe.batch, run.settings["workers"], rank, size)
         device, training = next(self.parameters()).device, self.training
         self.eval()
         for (crops,), index, seeds, broken in loader:

@@ -176,7 +176,7 @@ def _maps_of(backbone: nn.Module, images: Images, size: int, batch: int, workers
     pooled, _ = pools(backbone.eval(), size=size)
     short = [Resize(round(size * MARGIN), "bilinear")] if size >= MARGIN_FROM else []
     view = Views(View(*short, Squash(size), Normalize()))  # to 256 first and then to a square: as published
-    loader = in_order(images, view.crop, batch, workers)
+    loader = in_order(images, view, batch, workers)
     device, levels = next(backbone.parameters()).device, [[] for _ in pooled]
     for (crops,), _, seeds, broken in loader:
         if (broken >= 0).any():
