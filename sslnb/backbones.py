@@ -79,6 +79,20 @@ def need_vit(backbone: nn.Module, method: str) -> None:
                          f"{type(backbone).__name__} is none; use vit_mini or vit_base_patch16_224, for example.")
 
 
+def need_absolute_positions(backbone: nn.Module, method: str) -> None:
+    """One sentence for a method that drops patches and got a transformer where a patch would lose its place by it."""
+    need_vit(backbone, method)
+    tables = [name for name, _ in backbone.named_parameters() if name.endswith("relative_position_bias_table")]
+    if tables or backbone.pos_embed is None:
+        raise InputError(f"{method} drops patches, so it needs absolute positions and no relative ones; build the Beit "
+                         "with use_abs_pos_emb=True and use_rel_pos_bias=False.")
+    places, patches = backbone.pos_embed.shape[1], backbone.patch_embed.num_patches
+    if places != 1 + patches:
+        raise InputError(f"{method} needs a position for the class token and one for each of the {patches} patches, "
+                         f"and this {type(backbone).__name__} has {places} in all; use vit_mini or "
+                         "vit_base_patch16_224, for example.")
+
+
 def _patch_in(name: str) -> int | None:
     """16 from "vit_base_patch16_224"."""
     digits = name.partition("patch")[2].partition("_")[0]
@@ -169,6 +183,7 @@ def encode_visible(vit: nn.Module, images: Tensor, keep: Tensor) -> Tensor:
     x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[-1]))
     cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
     x = torch.cat([cls, x], 1)
+    x = vit.norm_pre(x) if hasattr(vit, "norm_pre") else x  # CLIP's has one
     for block in vit.blocks:
         x = block(x)
     return vit.norm(x)

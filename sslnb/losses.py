@@ -119,10 +119,11 @@ def masked_mean(error: Tensor, mask: Tensor) -> Tensor:
     """The mean of `error` where the mask is 1; both (B, L) or both (B, 1, H, W).
 
     Masks of different sizes weigh by their cells, on all processes together: averaged over processes (as DDP averages
-    gradients) it is the mean over the removed cells of the global batch.
+    gradients) it is the mean over the removed cells of the global batch. Accumulated micro-batches weigh the same each.
+    Where nothing is removed it is 0.
     """
-    removed = sum_over_processes(mask.sum()) / world()[1]  # with autocast off: 128 x 224² ones are too many for fp16
-    return (error * mask).sum() / removed
+    removed = sum_over_processes(mask.sum())  # with autocast off: 128 x 224² ones are too many for fp16
+    return (error * mask).sum() / (removed.clamp(min=1) / world()[1])
 
 
 @full_precision

@@ -67,6 +67,9 @@ def block_mask(batch: int, side: int, count: int, least: int, exact: bool,
     """
     if not 0 < count < side * side:
         raise InputError(f"{count} of {side * side} cells cannot be masked; use a mask_ratio between 0 and 1.")
+    if min(least, count) > (side - 0.5)**2:  # both sides of a rectangle are shorter than the image's
+        raise InputError(f"No block of {min(least, count)} cells or more fits into {side} x {side} and leaves a row "
+                         "and a column; use a lower mask_ratio, larger images or smaller patches.")
     # In numpy, for the last images take a hundred rounds and torch twice as long for so few numbers.
     mask = np.zeros((batch, side, side), bool)
     missing, misses = np.full(batch, count), np.zeros(batch, int)

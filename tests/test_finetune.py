@@ -45,7 +45,7 @@ TABLE = {  # epochs, warm-up, total batch, lr, min lr, start of the warm-up, lay
     "simmim_vit": (100, 20, 1024, 1e-2, 1e-6, 1e-8, 0.65, 0.1, 5.0, 224),
     "simmim_vit_official": (100, 20, 2048, 5e-3, 1e-6, 1e-6, 0.65, 0.1, 5.0, 224),
     "cae": (100, 5, 1024, 8e-3, 1e-6, 8e-7, 0.65, 0.1, 5.0, 224),
-    "cae_official": (100, 5, 4096, 8e-3, 1e-6, 1e-6, 0.65, 0.1, 0.0, 224),
+    "cae_official": (100, 5, 4096, 8e-3, 1e-6, 0.0, 0.65, 0.1, 0.0, 224),
     "maskfeat": (100, 20, 2048, 8e-3, 1e-6, 8e-11, 0.65, 0.1, 0.0, 224),
     "simmim_swin_192": (100, 20, 2048, 5e-3, 1e-6, 1e-6, 0.9, 0.1, 5.0, 192),
     "simmim_swin_224": (100, 20, 2048, 5e-3, 1e-6, 1e-6, 0.9, 0.1, 5.0, 224)}
@@ -63,15 +63,18 @@ def test_the_recipes_are_those_of_the_table(name):
         method = r.build()
     want = {"mixup": 0.1, "smoothing": 0.0} if name.startswith("rsb") else {"mixup": 0.8, "smoothing": 0.1}
     assert method.mixing == {"cutmix": 1.0, "switch_prob": 0.5, **want}
-    assert method.strengths == ({"rsb_a3": 2, "cae_official": 0}.get(name, 2),
-                                {"rsb_a3": 6, "rsb_a2": 7}.get(name, 9), 0.5)
+    assert method.strengths == (2, {"rsb_a3": 6, "rsb_a2": 7}.get(name, 9), 0.5)
     assert (method.kind, method.sum_classes, method.bce_threshold) == (
         "bce" if name.startswith("rsb") else "soft", True, 0.0)
     assert method.erase == (0.0 if name.startswith("rsb") else 0.25)
-    assert method.repeats == (3 if name == "rsb_a2" else 1) and method.jitter == (0.4 if "cae_off" in name else 0.0)
+    assert method.repeats == (3 if name == "rsb_a2" else 1)
     assert (method.ema, method.ema_ramp) == {"rsb_a2": (0.9999, 20), "simmim_vit": (0.99996, 20)}.get(name, (0.0, 0))
     assert method.interpolation == "bicubic" and method.crop == (0.08, 1.0) and method.flip == 0.5
     assert method.decay_positions == (name == "maskfeat")
+    assert method.decay_tables == (name in ("simmim_vit_official", "cae_official"))
+    assert method.keep_norm == (name == "cae_official") and r.lr_by_epoch == (name[:3] in ("rsb", "mas"))
+    assert numbers.get("head_std", 2e-5) == {"rsb_a3": 0.01, "rsb_a2": 0.01, "simmim_vit": 0.01, "maskfeat": 0.02,
+                                             "simmim_swin_192": 0.02, "simmim_swin_224": 0.02}.get(name, 2e-5)
 
 
 @pytest.mark.parametrize("name, sizes", [("rsb_a3", (236, 224)), ("rsb_a2", (236, 224)), ("mae", (256, 224)),
@@ -85,13 +88,11 @@ def test_test_images_have_the_sizes_of_the_table(name, sizes):
 
 def test_views_hold_what_the_recipe_asks_for_in_the_order_of_timm():
     with torch.device("meta"):
-        mae, a3, cae = (FINETUNE[f"finetune_{n}"].build().views(224).views[0] for n in ("mae", "rsb_a3",
-                                                                                         "cae_official"))
+        mae, a3 = (FINETUNE[f"finetune_{n}"].build().views(224).views[0] for n in ("mae", "rsb_a3"))
     def names(view):
         return [type(op).__name__ for op in (*view.image_ops, *view.batch_ops)]
     assert names(mae) == ["RandomResizedCrop", "HorizontalFlip", "RandAugment", "Normalize", "RandomErasing"]
     assert names(a3) == ["RandomResizedCrop", "HorizontalFlip", "RandAugment", "Normalize"]
-    assert names(cae) == ["RandomResizedCrop", "HorizontalFlip", "ColorJitter", "Normalize", "RandomErasing"]
 
 
 @pytest.mark.parametrize("name, features", [("rsb_a3", 2048), ("mae", 768), ("simmim_vit", 768),
@@ -129,6 +130,28 @@ def test_the_fourteen_factors_of_a_vit_are_those_of_the_spec():
                         ("blocks.11.mlp.fc2.weight", 12), ("fc_norm.weight", 13)):
         assert found[f"backbone.{name}"][0] == pytest.approx(0.65 ** (13 - layer)), name
     assert found["head.weight"] == (1.0, 0.05) and found["head.bias"] == (1.0, 0.0)
+
+
+def test_tables_of_relative_positions_decay_as_in_the_official_codes():
+    for name, decay in (("simmim_vit_official", 0.05), ("cae_official", 0.05), ("simmim_vit", 0.0), ("cae", 0.0)):
+        found = factors(name)
+        tables = [f"backbone.blocks.{i}.attn.relative_position_bias_table" for i in range(12)]
+        assert [found[table][1] for table in tables] == [decay] * 12 and found["backbone.cls_token"][1] == 0
+
+
+def test_caes_official_fine_tuning_keeps_the_norm_and_the_positions():
+    recipe = FINETUNE["finetune_cae_official"].with_(
+        backbone="beit_mini", size=28, backbone_numbers={**FINETUNE["finetune_cae"].backbone_numbers,
+                                                         "use_abs_pos_emb": True})
+    source = backbones.build("beit_mini", 28, use_abs_pos_emb=True, use_rel_pos_bias=False)
+    nn.init.constant_(source.norm.weight, 2.5), nn.init.constant_(source.norm.bias, 0.5)
+    carried, said = FineTune.starting_point(recipe, source)
+    assert (carried["fc_norm.weight"] == 2.5).all() and (carried["fc_norm.bias"] == 0.5).all() and "left" not in said
+    method = recipe.build()
+    stays = [name for name, p in method.named_parameters() if not p.requires_grad]
+    assert stays == ["backbone.pos_embed"]
+    trained = [p for group in method.param_groups(recipe) for p in group["params"]]
+    assert len(trained) == len(list(method.parameters())) - 1 and all(p.requires_grad for p in trained)
 
 
 def test_a_vit_is_grouped_as_timm_groups_it():
@@ -551,6 +574,7 @@ def test_what_does_not_fit_is_named(source, target, message):
     ("simmim", "vit_base_rgb_m_sz224_8xb128_accu2_step_fp16_ep800", "simmim_vit", 2),
     ("simmim", "swin_base_sz192_8xb128_accu2_cos_ep100", "simmim_swin_192", 0),
     ("cae", "vit_base_sz224_8xb64_accu4_cos_fp16_ep300", "cae", 14),
+    ("cae", "vit_base_sz224_8xb64_accu4_cos_fp16_ep300", "cae_official", 14),
     ("a2mim", "vit_base_l0_sz224_8xb128_accu2_step_ep800", "simmim_vit", 2),
     ("a2mim", "r50_l3_sz224_init_8xb256_cos_ep300", "rsb_a3", 0)])
 def test_every_published_pretraining_fits_the_protocol_of_its_row(method, row, protocol, new):

@@ -296,6 +296,11 @@ def test_a_backbone_without_patches_is_refused():
             RECIPES["demo"].with_(backbone=name).build()
 
 
+def test_a_patch_that_has_no_cells_is_refused():
+    with pytest.raises(InputError, match="divides a patch into 2 x 2 cells, and 7 px cannot"):
+        RECIPES["demo"].with_(backbone_numbers={"patch_size": 7}).build()
+
+
 def test_the_window_must_fit_the_image():
     with pytest.raises(InputError, match="gaussian_window 16 does not tile"):
         RECIPES["demo"].with_(gaussian_window=16).build()([torch.randn(2, 3, 28, 28)])
@@ -329,8 +334,8 @@ def test_the_row_is_the_official_recipe_at_2048_images():
     assert r.clip == 0.02 and r.published == {"fine-tune, BEiT (MaskFeat)": 83.5}
     steps = r.steps_per_epoch(1_281_167)
     assert r.lr == pytest.approx(2e-4 * 2048 / 256) and steps == 625
-    assert r.lr_at(0, steps) == pytest.approx(1e-6) and r.lr_at(30 * steps, steps) == pytest.approx(1.6e-3)
-    assert r.lr_at(300 * steps - 1, steps) == pytest.approx(1e-6, rel=0.01)
+    assert r.lr_at(0, steps) == pytest.approx(8e-6) and r.lr_at(30 * steps, steps) == pytest.approx(1.6e-3)
+    assert r.lr_at(300 * steps - 1, steps) == pytest.approx(8e-6, rel=0.01)
 
 
 def test_views_and_weights_are_the_official_ones(method):

@@ -73,6 +73,17 @@ def test_exact_blocks_remove_exactly_that_many(count):
     assert mask.sum(1).tolist() == [count] * 50 and mask.shape == (50, 196)
 
 
+@pytest.mark.parametrize("side, count, least, fits", [(4, 12, 16, True), (4, 13, 16, False), (3, 7, 1, True),
+                                                      (3, 7, 9, False), (14, 98, 182, True), (14, 190, 183, False)])
+def test_blocks_that_fit_nowhere_are_refused_instead_of_tried_for_ever(side, count, least, fits):
+    """Both sides of a block are shorter than the image's, rounded: its area is below (side - 1/2) squared."""
+    if fits:
+        assert block_mask(2, side, count, least, exact=True).sum(1).tolist() == [count] * 2
+    else:
+        with pytest.raises(InputError, match=f"No block of {min(least, count)} cells .* {side} x {side} .* use a low"):
+            block_mask(2, side, count, least, exact=True)
+
+
 def test_blocks_that_may_give_up_have_beits_statistics():
     """BEiT's own loop, run 500 times for the spec: 77.5 of 78 cells on the mean, never fewer than 71."""
     mask = block_mask(1000, 14, 78, 15, exact=False, generator=torch.Generator().manual_seed(0))
@@ -199,3 +210,20 @@ def test_the_last_map_of_every_backbone_is_in_its_place():
         side = difference.shape[0]
         row, column = divmod(int(difference.argmax()), side)
         assert row >= side * 0.6 and column <= side * 0.4, name
+
+
+def test_mae_takes_networks_without_biases_and_the_norm_before_the_blocks():
+    demo = methods.recipes("mae")["demo"]
+    for numbers in ({"qkv_bias": False}, {"pre_norm": True}):
+        method = demo.with_(backbone_numbers=numbers).build()
+        method([torch.randn(2, 3, 28, 28)])["loss"].backward()
+        assert all(p.grad is not None for p in method.backbone.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["mae", "cae", "mocov3"])
+@pytest.mark.parametrize("backbone, numbers, words", [
+    ("beit_mini", {}, "needs absolute positions and no relative"), ("swin_mini", {}, "needs a vision transformer"),
+    ("vit_mini", {"reg_tokens": 2, "class_token": True}, "one for each of the 49 patches, and this .* has 52 in all")])
+def test_transformers_in_which_a_patch_would_lose_its_place_are_refused(name, backbone, numbers, words):
+    with pytest.raises(InputError, match=f"{name} .*{words}"):
+        methods.recipes(name)["demo"].with_(backbone=backbone, backbone_numbers=numbers).build()

@@ -25,11 +25,11 @@ from ..parts import ema_update, frozen_copy, full_precision, world
 from ..reading import draw_seed
 from ..recipes import Recipe
 from ..run import Run
-from ..views import ColorJitter, HorizontalFlip, Normalize, RandomResizedCrop, View, Views
+from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
 from .augment import RandAugment, RandomErasing, mixed
 from .pixels import MARGIN, MARGIN_FROM
 from .results import accuracy
-from .start import carried_over, layer_ids
+from .start import TABLE, carried_over, layer_ids
 from .supervised import Supervised
 
 RECIPES: dict[str, Recipe] = {}  # its recipes are in FINETUNE below
@@ -41,24 +41,29 @@ class FineTune(Supervised):
     def __init__(self, backbone: nn.Module, *, classes: int = 1000, start: str = "", pool: str = "model",
                  head_std: float = 2e-5, loss: str = "soft", sum_classes: bool = True, bce_threshold: float = 0.0,
                  mixup: float = 0.8, cutmix: float = 1.0, switch_prob: float = 0.5, smoothing: float = 0.1,
-                 rand_ops: int = 2, rand_magnitude: int = 9, rand_std: float = 0.5, jitter: float = 0.0,
-                 erase: float = 0.25, repeats: int = 1, layer_decay: float = 1.0, decay_positions: bool = False,
-                 ema: float = 0.0, ema_ramp: int = 0, test_scale: float = 1.0, resize: float = MARGIN,
-                 interpolation: str = "bicubic", crop: tuple[float, float] = (0.08, 1.0), flip: float = 0.5,
-                 test_on: str = "test", test_every: int = 1):
+                 rand_ops: int = 2, rand_magnitude: int = 9, rand_std: float = 0.5, erase: float = 0.25,
+                 repeats: int = 1, layer_decay: float = 1.0, decay_positions: bool = False, decay_tables: bool = False,
+                 freeze_positions: bool = False, keep_norm: bool = False, ema: float = 0.0, ema_ramp: int = 0,
+                 test_scale: float = 1.0, resize: float = MARGIN, interpolation: str = "bicubic",
+                 crop: tuple[float, float] = (0.08, 1.0), flip: float = 0.5, test_on: str = "test",
+                 test_every: int = 1):
         """`loss`: "soft" cross-entropy, or "bce", summed over the classes (OpenMixup, mmpretrain) or with `sum_classes`
         off their mean (timm); `bce_threshold` above 0 makes targets above it 1 and the others 0.
         `mixup`, `cutmix`: their α, see augment.mixed. `rand_ops` 0: no RandAugment. `repeats`: views of an image in an
-        epoch of as many images. `decay_positions`: weight decay on positions and class token too. `ema`: momentum of a
-        second, averaged network, over the first `ema_ramp` epochs smaller. `test_scale`: size of test images, in
-        crops of training."""
+        epoch of as many images. `decay_positions`: weight decay on positions and class token too; `decay_tables`: on
+        tables of relative positions; `freeze_positions`: absolute ones stay as they are. `keep_norm`: the norm of the
+        pooled patches begins as the source's last norm. `ema`: momentum of a second, averaged network, over the first
+        `ema_ramp` epochs smaller. `test_scale`: size of test images, in crops of training."""
         super().__init__(backbone, classes=classes, start=start, pool=pool, frozen=False, head_std=head_std,
                          resize=resize, interpolation=interpolation, crop=crop, flip=flip, test_on=test_on,
                          test_every=test_every)
         self.kind, self.sum_classes, self.bce_threshold = loss, sum_classes, bce_threshold
         self.mixing = {"mixup": mixup, "cutmix": cutmix, "switch_prob": switch_prob, "smoothing": smoothing}
-        self.strengths, self.jitter, self.erase = (rand_ops, rand_magnitude, rand_std), jitter, erase
-        self.repeats, self.layer_decay, self.decay_positions = repeats, layer_decay, decay_positions
+        self.strengths, self.erase = (rand_ops, rand_magnitude, rand_std), erase
+        self.repeats, self.layer_decay = repeats, layer_decay
+        self.decay_positions, self.decay_tables, self.keep_norm = decay_positions, decay_tables, keep_norm
+        if freeze_positions and backbone.pos_embed is not None:
+            backbone.pos_embed.requires_grad_(False)
         self.ema, self.ema_ramp, self.test_scale = ema, ema_ramp, test_scale
         self.average = frozen_copy(self._network()) if ema else None
         self.batch = 1
@@ -67,10 +72,9 @@ class FineTune(Supervised):
 
     def views(self, size: int) -> Views:
         strong = [RandAugment(*self.strengths, self.interpolation)] * (self.strengths[0] > 0)
-        jitter = [ColorJitter(self.jitter, self.jitter, self.jitter, 0.0, p=1.0)] * (self.jitter > 0)
         erasing = [RandomErasing(self.erase)] * (self.erase > 0)
         return Views(View(RandomResizedCrop(size, self.crop, interpolation=self.interpolation),
-                          HorizontalFlip(self.flip), *strong, *jitter, Normalize(), *erasing))
+                          HorizontalFlip(self.flip), *strong, Normalize(), *erasing))
 
     def test_view(self, size: int) -> Views:
         return super().test_view(round(size * self.test_scale))
@@ -107,8 +111,11 @@ class FineTune(Supervised):
         "lr_scale" alone, which the loop multiplies the rate with: a scaled "lr" beside it would count twice."""
         ids, last = layer_ids(self.backbone)
         spared = set() if self.decay_positions else getattr(self.backbone, "no_weight_decay", set)()
+        spared = {name for name in spared if not (self.decay_tables and name.endswith(TABLE))}
         groups: dict[tuple[float, float], dict] = {}
         for name, p in [*self.backbone.named_parameters(), *self.head.named_parameters("head")]:
+            if not p.requires_grad:
+                continue
             scale = self.layer_decay ** (last - ids.get(name, last))
             decay = 0.0 if p.ndim <= 1 or name in spared else recipe.weight_decay
             groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
@@ -183,8 +190,11 @@ class FineTune(Supervised):
 
     @classmethod
     def starting_point(cls, recipe: Recipe, backbone: nn.Module) -> tuple[dict[str, Tensor], str]:
-        own = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers)
-        return carried_over(backbone.state_dict(), own, recipe.backbone)
+        own, state = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers), backbone.state_dict()
+        if recipe.numbers.get("keep_norm"):
+            state = {name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: x
+                     for name, x in state.items()}
+        return carried_over(state, own, recipe.backbone)
 
     def before_train(self, run: Run) -> None:
         begun = bool(self.started)
@@ -249,20 +259,23 @@ FINETUNE = {
         lr=2e-3, warmup_from=0.0, clip=0.0, source="official code", published={"MAE, 1600 epochs": 83.6},
         note="lr is 5e-4 x 1024 / 256."),
     "finetune_simmim_vit": _beit.with_(
-        lr=1e-2, warmup_epochs=20, warmup_from=1e-6, ema=0.99996, ema_ramp=20,
+        lr=1e-2, warmup_epochs=20, warmup_from=1e-6, head_std=0.01, ema=0.99996, ema_ramp=20,
         published={"SimMIM, 800 epochs": 83.9, "A2MIM, 800 epochs": 84.3}, note="lr is 2.5e-3 x 1024 / 256."),
     "finetune_simmim_vit_official": _beit.with_(
-        gpus=16, lr=5e-3, warmup_epochs=20, warmup_from=2e-4, cosine_from_start=True, source="official code",
+        gpus=16, lr=5e-3, warmup_epochs=20, warmup_from=2e-4, cosine_from_start=True, decay_tables=True,
+        source="official code",
         published={"SimMIM, 800 epochs": 83.8}, note="lr is 1.25e-3 x 2048 / 512, from and to 1e-6."),
     "finetune_cae": _beit.with_(
         gpus=4, accum=2, lr=8e-3, published={"CAE, 300 epochs": 83.2},
         note="lr is 2e-3 x 1024 / 256. mmselfsup, whose number it is, normalises with 0.5 and does not clip."),
     "finetune_cae_official": _beit.with_(
-        gpus=32, lr=8e-3, warmup_from=1.25e-4, clip=0.0, rand_ops=0, jitter=0.4, source="official code",
-        published={"CAE, 300 epochs": 83.6, "CAE, 800 epochs": 83.8, "CAE, 1600 epochs": 83.9}),
+        gpus=32, lr=8e-3, warmup_from=0.0, clip=0.0, decay_tables=True, freeze_positions=True, keep_norm=True,
+        source="official code", published={"CAE, 300 epochs": 83.6, "CAE, 800 epochs": 83.8, "CAE, 1600 epochs": 83.9},
+        note="Its code turns RandAugment on and begins the warm-up at 0, whatever --aa and --warmup_lr say."),
     "finetune_maskfeat": _vit.with_(
-        batch=256, lr=8e-3, warmup_epochs=20, warmup_from=1e-8, cosine_from_start=True, clip=0.0, precision="fp32",
-        decay_positions=True, sources={"lr": "mmselfsup"}, published={"MaskFeat, 300 epochs": 83.5},
+        batch=256, lr=8e-3, lr_by_epoch=True, warmup_epochs=20, warmup_from=1e-8, cosine_from_start=True, clip=0.0,
+        precision="fp32", head_std=0.02, decay_positions=True, sources={"lr": "mmselfsup"},
+        published={"MaskFeat, 300 epochs": 83.5},
         note="mmselfsup's, whose number the zoo has; lr is 2e-3 for 512 images."),
     "finetune_simmim_swin_192": _swin.with_(
         size=192, backbone_numbers={"drop_path_rate": 0.1, "window_size": 6},

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .. import tokenizers
-from ..backbones import encode_visible
+from ..backbones import encode_visible, need_absolute_positions
 from ..masking import block_mask, check_mask_ratio, upsample_mask, visible_first
 from ..parts import ema_update, frozen_copy, full_precision
 from ..recipes import Recipe
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
 from .base import Masked
-from .cae_neck import Decoder, Regressor, check_positions, init_weights
+from .cae_neck import Decoder, Regressor, init_weights
 
 
 class CAE(Masked):
@@ -33,7 +33,7 @@ class CAE(Masked):
                  crop: tuple[float, float] = (0.08, 1.0), flip: float = 0.5):
         """`least`: cells of the smallest masked block; `align`: λ; `tokenizer`: see sslnb.tokenizers."""
         super().__init__()
-        check_positions(backbone)
+        need_absolute_positions(backbone, "cae")
         self.backbone, self.mask_ratio, self.least = backbone, check_mask_ratio(mask_ratio), least
         self.patch, (self.side, _) = backbone.patch_embed.patch_size[0], backbone.patch_embed.grid_size
         self.align, self.momentum, self.crop, self.flip = align, momentum, crop, flip

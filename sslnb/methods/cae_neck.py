@@ -8,8 +8,7 @@ from timm.layers import DropPath
 from timm.models.beit import Block
 from torch import Tensor, nn
 
-from ..backbones import need_vit, sincos_position
-from ..errors import InputError
+from ..backbones import sincos_position
 
 norm = partial(nn.LayerNorm, eps=1e-6)
 
@@ -74,14 +73,6 @@ class Decoder(nn.Module):
 def _ramp(drop_path: float, depth: int) -> list[float]:
     """From 0 in the first block to `drop_path` in the last."""
     return [drop_path * i / max(1, depth - 1) for i in range(depth)]
-
-
-def check_positions(backbone: nn.Module) -> None:
-    need_vit(backbone, "cae")
-    tables = [name for name, _ in backbone.named_parameters() if name.endswith("relative_position_bias_table")]
-    if tables or backbone.pos_embed is None:
-        raise InputError("cae drops patches, so it needs absolute positions and no relative ones; build the Beit with "
-                         "use_abs_pos_emb=True and use_rel_pos_bias=False.")
 
 
 def init_weights(method: nn.Module) -> None:

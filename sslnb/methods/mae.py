@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones import encode_visible, need_vit, sincos_position
+from ..backbones import encode_visible, need_absolute_positions, sincos_position
 from ..losses import masked_mean
 from ..masking import check_mask_ratio, patchify, random_mask, unpatchify, visible_first
 from ..parts import full_precision
@@ -27,7 +27,7 @@ class MAE(Masked):
                  decoder_heads: int = 16, norm_pix: bool = True, crop: tuple[float, float] = (0.2, 1.0),
                  flip: float = 0.5):
         super().__init__()
-        need_vit(backbone, "mae")
+        need_absolute_positions(backbone, "mae")
         self.backbone, self.mask_ratio, self.norm_pix = backbone, check_mask_ratio(mask_ratio), norm_pix
         self.patch, (side, _) = backbone.patch_embed.patch_size[0], backbone.patch_embed.grid_size
         self.crop, self.flip = crop, flip
@@ -106,7 +106,8 @@ class Decoder(nn.Module):
 def _xavier(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 RECIPES = {

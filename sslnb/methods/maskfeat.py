@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..backbones import cells, mask_enters, need_vit, put_token
-from ..errors import unknown
+from ..errors import InputError, unknown
 from ..hog import BINS, from_patches, glyphs, hog, to_patches
 from ..losses import masked_mean
 from ..masking import block_mask, check_mask_ratio, patchify, unpatchify
@@ -39,6 +39,9 @@ class MaskFeat(Masked):
         need_vit(backbone, "maskfeat")
         self.backbone, self.mask_ratio, self.crop, self.flip = backbone, check_mask_ratio(mask_ratio), crop, flip
         self.patch, (self.grid, _) = backbone.patch_embed.patch_size[0], backbone.patch_embed.grid_size
+        if self.patch % SIDE:
+            raise InputError(f"maskfeat divides a patch into {SIDE} x {SIDE} cells, and {self.patch} px cannot be so "
+                             "divided; use a backbone with another patch size.")
         self.gaussian_window, self.local_norm, self.paints = gaussian_window, local_norm, predict == "pixels"
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
         self.head = nn.Linear(backbone.embed_dim, 3 * (self.patch**2 if self.paints else BINS * SIDE**2))
@@ -99,11 +102,11 @@ RECIPES = {
         note="Patches of 4 px, so cells of 2 px: too small for an orientation to be measured well."),
     "vit_base_hog_108_sz224_8xb128_accu2_cos_fp16_ep300": Recipe(
         method="maskfeat", backbone="vit_base_patch16_224", size=224, data="imagenet", gpus=8, batch=128, accum=2,
-        epochs=300, warmup_epochs=30, warmup_from=1e-6 / 1.6e-3, optimizer="adamw", lr=1.6e-3, min_lr=1e-6,
+        epochs=300, warmup_epochs=30, warmup_from=8e-6 / 1.6e-3, optimizer="adamw", lr=1.6e-3, min_lr=8e-6,
         weight_decay=0.05, clip=0.02, precision="fp16", pool="mean",
         source="official code", sources={"batch": "zoo", "accum": "zoo", "precision": "zoo",
                                          "gaussian_window": "mmselfsup"},
         published={"fine-tune, BEiT (MaskFeat)": 83.5},
-        note="lr is 2e-4 x 2048 / 256, from 1e-6 to 1e-6. The zoo's file is another method; its number and weights are "
-             "those of mmselfsup, whose HOG has the Gaussian window."),
+        note="lr is 2e-4 x 2048 / 256, from and to 1e-6 x 2048 / 256: SlowFast scales all three. The zoo's file is "
+             "another method; its number and weights are those of mmselfsup, whose HOG has the Gaussian window."),
 }

@@ -15,7 +15,7 @@ import math
 
 from torch import Tensor, nn
 
-from ..backbones import sincos_position
+from ..backbones import need_absolute_positions, sincos_position
 from ..optim import trainable
 from ..parts import cosine_to_one, ema_update, frozen_copy, full_precision, gather, mlp, normalized
 from ..recipes import Recipe
@@ -36,6 +36,7 @@ class MoCoV3(Method):
         super().__init__()
         self.backbone = backbone
         if hasattr(backbone, "patch_embed"):
+            need_absolute_positions(backbone, "mocov3")
             init_vit(backbone)
             backbone.patch_embed.requires_grad_(not freeze_patch)  # before the optimizer is built, and before the copy
         # Batch norms at the outputs neither scale nor shift.
@@ -95,7 +96,8 @@ def init_vit(vit: nn.Module) -> None:
 
 def uniform(layer: nn.Module, fans: int) -> None:
     nn.init.uniform_(layer.weight, -math.sqrt(6 / fans), math.sqrt(6 / fans))
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 _vit = Recipe(
