@@ -55,6 +55,10 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
     if sobel:
         arguments["in_chans"] = 2
     model = timm.create_model(base, pretrained=False, **arguments)
+    given = getattr(model, "head_hidden_size", model.num_features)
+    if given != model.num_features:
+        raise InputError(f"{name} gives {given:,} numbers, more than the {model.num_features:,} of its last map, which "
+                         "methods and protocols count with; use another backbone, resnet50 for example.")
     if size <= SMALL_IMAGE and isinstance(model, timm.models.ResNet):
         model.maxpool = nn.Identity()
         if name not in MINI:  # those are made for small images and keep the stem they have

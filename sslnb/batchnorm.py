@@ -38,15 +38,16 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 def sync_batchnorm(module: nn.Module, cuda: bool) -> nn.Module:
     """Turn every batch norm below `module` into one over all processes (torch's own on GPUs)."""
     if cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module)  # torch's, which would forget the activations of timm's norms
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
             new = GlobalBatchNorm(child.num_features, child.eps, child.momentum, child.affine)
             new.load_state_dict(child.state_dict())
             for theirs, mine in zip(child.parameters(), new.parameters(), strict=True):
                 mine.requires_grad_(theirs.requires_grad)  # a frozen target stays frozen
-            new.train(child.training)
-            setattr(module, name, new)
+            setattr(module, name, _activated(new, child))
         else:
             sync_batchnorm(child, cuda)
     return module
@@ -84,10 +85,23 @@ def split_batchnorm(module: nn.Module, images: int) -> nn.Module:
     """Turn every batch norm below `module` into one over groups of `images` images."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d):
-            setattr(module, name, SplitBatchNorm(child, images).train(child.training))
+            setattr(module, name, _activated(SplitBatchNorm(child, images), child))
         else:
             split_batchnorm(child, images)
     return module
+
+
+def _activated(new: nn.Module, old: nn.Module) -> nn.Module:
+    """The new norm in the old one's mode, and with its activation: those of timm's EfficientNets or RegNets have one.
+    """
+    if hasattr(old, "act"):
+        new.drop, new.act = old.drop, old.act
+        new.register_forward_hook(_activate)
+    return new.train(old.training)
+
+
+def _activate(norm: nn.Module, inputs: tuple, out: Tensor) -> Tensor:
+    return norm.act(norm.drop(out))
 
 
 @torch.no_grad()
@@ -97,6 +111,8 @@ def average_statistics(module: nn.Module) -> None:
         return
     statistics = [b for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
                   for b in (m.running_mean, m.running_var)]
+    if not statistics:
+        return  # a transformer
     mean = sum_over_processes(torch.cat(statistics)) / world()[1]  # one message for all layers
     for b, new in zip(statistics, mean.split([len(b) for b in statistics]), strict=True):
         b.data.copy_(new)  # unseen by autograd, which guards what forward was given though backward never reads it

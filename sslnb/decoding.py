@@ -40,7 +40,7 @@ def read_pixels(path: str | Path) -> Tensor:
         data = bytearray(Path(path).read_bytes())
         with Image.open(io.BytesIO(data)) as image:
             if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1:
-                with suppress(ImportError, RuntimeError):
+                with suppress(ImportError, RuntimeError, DeprecationWarning):
                     from torchvision.io import decode_jpeg
                     return decode_jpeg(torch.frombuffer(data, dtype=torch.uint8))
             return pixels(_upright(image))

@@ -86,7 +86,8 @@ NUMBERS = _table(
     (COUNT_OR_0, "test_every rand_ops precise_batches"), (POSITIVE, "resize test_scale"), (BELOW_1, "smoothing"),
     (AMOUNT, "head_std mixup cutmix rand_magnitude rand_std ema_ramp lighting"),
     (SHARE, "bce_threshold switch_prob erase layer_decay ema above"),
-    (FLAG, "frozen adapt_vectors deterministic sum_classes decay_positions square masks"),
+    (FLAG, "frozen adapt_vectors deterministic sum_classes decay_positions decay_tables freeze_positions keep_norm"),
+    (FLAG, "square masks"),
     (TEXT, "start pool loss interpolation test_on pooling head"))
 
 

@@ -15,6 +15,8 @@ from . import limits
 from .errors import InputError, unknown
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+SAME_RESULT = {"data", "gpus", "batch", "accum", "chunk", "precision", "pool", "force_accum", "source", "sources",
+               "published", "note"}  # what of a recipe may change without its published numbers becoming another's
 SHORT = {"resnet50": "r50", "vit_base_patch16_224": "vit_base", "vit_small_patch16_224": "vit_small"}
 
 
@@ -136,7 +138,7 @@ class Recipe:
 
         warmup = self.warmup_steps or round(self.warmup_epochs * per_epoch)
         if self.lr_by_epoch and step >= warmup:  # the official codes of MoCo and SimSiam set it once per epoch
-            step -= step % per_epoch
+            step = max(warmup, step - step % per_epoch)
         unit = 1 if self.steps else per_epoch
         return optim.lr_at(step, lr=self.lr, total=self.total_steps(per_epoch), min_lr=self.min_lr,
                            schedule=self.schedule, warmup=warmup,
@@ -153,7 +155,7 @@ class Recipe:
         """A copy with some values changed: fields by name, and numbers of the method by name.
 
         Milestones move with another length. Another `backbone` drops `backbone_numbers` that are not given anew: they
-        were the old one's.
+        were the old one's. What was `published` for the recipe is not for one that learns otherwise.
         """
         fields = {f.name for f in dataclasses.fields(self)}
         own = {k: v for k, v in changes.items() if k in fields}
@@ -180,6 +182,8 @@ class Recipe:
                              f"{own.get('epochs', self.epochs)} epochs; use fewer, or train for longer.")
         if own.get("backbone", self.backbone) != self.backbone:
             own.setdefault("backbone_numbers", {})
+        if any(getattr(self, k) != v for k, v in own.items() if k not in SAME_RESULT):
+            own.setdefault("published", {})
         return dataclasses.replace(self, **own)
 
     def on(self, gpus: int, batch: int | None = None) -> "Recipe":

@@ -42,7 +42,7 @@ from .photometry import (
     per_channel,
 )
 
-IN_CACHE = 28_000  # numbers that an op works on at a time on a CPU: larger images than 96 px come one by one
+IN_CACHE = 28_000  # numbers that an op works on at a time on a CPU: images of more than 68 px come one by one
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

@@ -9,10 +9,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import measured
 from test_distributed import leave
+from timm.layers import BatchNormAct2d
 from torch import nn
 
-from sslnb import methods
-from sslnb.batchnorm import SplitBatchNorm, split_batchnorm
+from sslnb import backbones, methods
+from sslnb.batchnorm import SplitBatchNorm, split_batchnorm, sync_batchnorm
 from sslnb.errors import InputError
 from sslnb.losses import info_nce, look_up
 from sslnb.parts import Queue, normalized, shuffle, unshuffle
@@ -308,3 +309,20 @@ def test_the_memory_of_a_queue_at_full_size():
     peak, ms = measured(MEASURE)
     print(f"DEMO queue of 65,536 keys, 256 queries on a CPU: {ms:.0f} ms per look-up and step, {1000 * peak:.0f} MB")
     assert 0.1 < peak < 0.45
+
+
+@pytest.mark.parametrize("name", ["regnety_002", "efficientnet_b0"])
+@pytest.mark.parametrize("change", [lambda net: split_batchnorm(net, 2), lambda net: sync_batchnorm(net, cuda=False),
+                                    lambda net: sync_batchnorm(net, cuda=True)])
+def test_norms_with_an_activation_keep_it(name, change):
+    """timm has ReLU or SiLU within its batch norms there."""
+    plain = backbones.build(name, 32).eval()
+    x, state = torch.randn(4, 3, 32, 32), {k: v.clone() for k, v in plain.state_dict().items()}
+    before = plain(x)
+    changed = change(plain)
+    assert not any(type(m) in (nn.BatchNorm2d, BatchNormAct2d) for m in changed.modules())
+    assert changed.state_dict().keys() == state.keys() and torch.allclose(changed(x), before, atol=1e-5)
+    copied = copy.deepcopy(changed)
+    assert torch.allclose(copied(x), before, atol=1e-5)
+    if change.__code__.co_names[0] == "split_batchnorm":
+        assert torch.isfinite(changed.train()(x)).all()

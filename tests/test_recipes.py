@@ -100,6 +100,25 @@ def test_a_method_whose_batch_is_its_negatives_is_not_accumulated():
     assert simclr.with_(force_accum=True).on(1, 64).accum == 8
 
 
+def test_what_was_published_for_a_recipe_is_not_for_another():
+    r = resolve("byol", data="imagenet", epochs=300)
+    for changes in ({"epochs": 10}, {"lr": 1.0}, {"backbone": "resnet18"}, {"momentum": 0.5}, {"size": 160}):
+        assert not r.with_(**changes).published, changes
+    same = r.with_(data="/data/imagenet", gpus=4, batch=64, accum=16, precision="bf16", lr=r.lr)
+    assert r.published and r.on(2).published == r.published == same.published
+    assert r.with_(lr=1.0, published={"mine": 1.0}).published == {"mine": 1.0}
+
+
+def test_a_rate_that_is_held_within_an_epoch_never_goes_back_into_the_warm_up():
+    for warmup in (0.5, 1.5):
+        r = resolve("simsiam", data="imagenet").with_(warmup_epochs=warmup, lr_by_epoch=True)
+        rates = [r.lr_at(step, 10) for step in range(30)]
+        begun = round(10 * warmup)
+        assert rates[begun] == pytest.approx(r.lr, rel=0.01) and rates[begun:-(-begun // 10) * 10] == \
+            [rates[begun]] * (-(-begun // 10) * 10 - begun)
+        assert len(set(rates[20:])) == 1 and max(rates[begun:]) == rates[begun]
+
+
 def test_resolve_takes_what_the_data_and_the_epochs_ask_for(tmp_path):
     assert resolve("byol").data == "digits_scattered"
     assert resolve("byol", epochs=300).epochs == 300 and resolve("byol", epochs="auto") == resolve("byol")

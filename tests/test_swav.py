@@ -10,7 +10,9 @@ from test_train import equal, train_until, weights
 from torch import nn
 
 from sslnb import methods, optim, prepare, pretrain
-from sslnb.methods.swav import SwAV, sinkhorn
+from sslnb.errors import InputError
+from sslnb.methods.swav import RECIPES, SwAV, sinkhorn
+from sslnb.views import Blur
 
 ZOO = methods.recipes("swav")["r50_8xb64_accu8_cos_lr9_6-mcrop-224_2-96_6_fp16_ep200"]
 
@@ -326,3 +328,12 @@ def test_codes_gradients_and_queue_of_several_processes_are_those_of_one(tmp_pat
     for name in one.keys() - {"codes", "loss"}:
         for p in parts:
             assert torch.allclose(p[name], one[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_backbones_of_one_size_are_refused_and_blur_is_the_same_for_all_crops():
+    demo = RECIPES["demo"]
+    with pytest.raises(InputError, match="crops of two sizes, and a VisionTransformer takes one only"):
+        demo.with_(backbone="vit_mini").build()
+    demo.with_(backbone="vit_mini", backbone_numbers={"dynamic_img_size": True}).build()
+    blurs = {op.kernel for view in demo.build().views(20).views for op in view.batch_ops if isinstance(op, Blur)}
+    assert blurs == {23}

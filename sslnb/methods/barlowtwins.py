@@ -11,7 +11,8 @@ The 8192 x 8192 numbers of C are never made. Their squares have the same sum as 
 
 Where we differ from the official code: its in-place all_reduce of C leaves each of W processes 1/W of the gradient.
 LARS divides that out for matrices, but the vectors' own learning rate was tuned with it, so that a result depends on
-how many GPUs there were. Our gradient is exact; `vector_lr` 0.024 / W gives the vectors the official step.
+how many GPUs there were. Our gradient is exact, and the recipes' `vector_lr` of 0.024 / W gives the vectors the step
+that they had on the W GPUs of the published runs.
 """
 
 import torch
@@ -108,7 +109,7 @@ class BarlowTwins(Method):
 _imagenet = Recipe(
     method="barlowtwins", backbone="resnet50", size=224, data="imagenet", gpus=8, batch=256, epochs=300,
     warmup_epochs=10, optimizer="lars", lr=1.6, min_lr=0.0016, weight_decay=1e-6, precision="fp16",
-    numbers={"vector_lr": 0.024}, source="official code", sources={"epochs": "zoo", "batch": "zoo"},
+    numbers={"vector_lr": 0.024 / 8}, source="official code", sources={"epochs": "zoo", "batch": "zoo"},
 )
 
 RECIPES = {
@@ -125,6 +126,6 @@ RECIPES = {
     "r50_8xb256_cos_lr1_6_fp16_ep300": _imagenet.with_(
         published={"linear, BarlowTwins protocol": 71.66}, note="What the zoo's checkpoint was trained with."),
     "r50_16xb128_cos_lr1_6_fp16_ep1000": _imagenet.with_(
-        gpus=16, batch=128, epochs=1000, published={"linear, official code": 73.5},
+        gpus=16, batch=128, epochs=1000, vector_lr=0.024 / 16, published={"linear, official code": 73.5},
         sources={"epochs": "official code", "batch": "official code"}),
 }

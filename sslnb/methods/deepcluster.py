@@ -123,7 +123,8 @@ RECIPES = {
     "r50_sobel_8xb64_step_ep200": Recipe(
         method="deepcluster", backbone="resnet50", size=224, data="imagenet", gpus=8, batch=64, epochs=200,
         optimizer="sgd", lr=0.1, weight_decay=1e-5, schedule="step", milestones=(400,),
-        backbone_numbers={"sobel": True}, numbers={"rotate": 2.0, "jitter": 1.0, "hue": 0.5, "grey": 0.2},
+        backbone_numbers={"sobel": True, "zero_init_last": False},
+        numbers={"rotate": 2.0, "jitter": 1.0, "hue": 0.5, "grey": 0.2},
         source="zoo", published={"linear, MoCo protocol": 46.92},
         note="The recipe of the published checkpoint: its only milestone, 400, lies beyond the end. OpenMixup's file "
              "of this name has no Sobel filter, lr 0.03, weight decay 1e-4 and milestones 120 and 160."),

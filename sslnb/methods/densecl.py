@@ -107,7 +107,7 @@ class DenseCL(Method):
 
 _imagenet = Recipe(
     method="densecl", backbone="resnet50", size=224, data="imagenet", gpus=4, batch=64, epochs=200, optimizer="sgd",
-    lr=0.03, weight_decay=1e-4, lr_by_epoch=True, numbers={"bn_images": 64},
+    lr=0.03, weight_decay=1e-4, lr_by_epoch=True, numbers={"bn_images": 64}, backbone_numbers={"zero_init_last": False},
     source="official code", sources={"batch": "zoo", "bn_images": "zoo"},
 )
 

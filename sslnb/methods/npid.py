@@ -6,7 +6,8 @@ Every image is a class of its own, and its weight vector is what the network las
     vᵢ ← m vᵢ + (1 − m) fᵢ, put back on the unit sphere, after the loss
 
 Where we differ from the paper: a softmax over 65,536 negatives, which the official README recommends (there by default:
-noise-contrastive estimation with 4,096 and a constant for the sum), and a bank that starts on the unit sphere.
+noise-contrastive estimation with 4,096 and a constant for the sum). The bank starts on the unit sphere, as in the
+paper; in the official code its entries are uniform in ±√(3 / d).
 """
 
 import torch

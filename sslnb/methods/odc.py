@@ -38,7 +38,7 @@ from .base import Method
 
 
 class ODC(Method):
-    accumulable = True
+    accumulable = True  # nearly: the weights of classes have a mean of 1 over a micro-batch
     sync_bn = True
 
     def __init__(self, backbone: nn.Module, *, images: int = 1_281_167, clusters: int = 10_000, min_cluster: int = 20,
@@ -190,6 +190,7 @@ RECIPES = {
     "r50_8xb64_step_ep440": Recipe(
         method="odc", backbone="resnet50", size=224, data="imagenet", gpus=8, batch=64, epochs=440, optimizer="sgd",
         lr=0.06, weight_decay=1e-5, schedule="step", milestones=(400,), gamma=0.4,
-        numbers={"clusters": 10_000, "momentum": 0.5, "min_cluster": 20, "every": 10}, source="official code",
+        numbers={"clusters": 10_000, "momentum": 0.5, "min_cluster": 20, "every": 10},
+        backbone_numbers={"zero_init_last": False}, source="official code",
         published={"linear, MoCo protocol": 53.42}),
 }

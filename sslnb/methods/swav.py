@@ -18,6 +18,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..optim import trainable
 from ..parts import full_precision, gather, mlp, normalized, share
 from ..recipes import Recipe
@@ -36,6 +37,9 @@ class SwAV(Method):
                  small_size: int = 96, small_crop: tuple[float, float] = (0.05, 0.14), flip: float = 0.5,
                  jitter: float = 1.0, hue: float = 0.2, grey: float = 0.2, blur: float = 0.5):
         super().__init__()
+        if small_views and getattr(getattr(backbone, "patch_embed", None), "strict_img_size", False):
+            raise InputError(f"swav shows its backbone crops of two sizes, and a {type(backbone).__name__} takes one "
+                             "only; use a ResNet, or build it with dynamic_img_size=True.")
         self.backbone = backbone
         self.projector = mlp([backbone.num_features, hidden_dim, dim], hidden_bias=True, last_bias=True)
         self.prototypes = nn.Linear(dim, prototypes, bias=False)  # C: one unit vector per row
@@ -51,8 +55,8 @@ class SwAV(Method):
         s = 0.8 * self.jitter
         return Views(*(
             View(RandomResizedCrop(pixels, scale), HorizontalFlip(self.flip),
-                 ColorJitter(s, s, s, self.hue * self.jitter, p=0.8), Greyscale(self.grey), Blur(self.blur),
-                 Normalize(), count=count)
+                 ColorJitter(s, s, s, self.hue * self.jitter, p=0.8), Greyscale(self.grey),
+                 Blur(self.blur, kernel=23), Normalize(), count=count)
             for count, pixels, scale in ((2, size, self.crop), (self.small_views, self.small_size, self.small_crop))))
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
@@ -146,5 +150,6 @@ RECIPES = {
         sources={"warmup_from": "official code", "zero_init_last": "official code"},
         published={"linear, SimSiam protocol": 70.47},
         note="The published checkpoint ran as 8 x 32 images at lr 0.6. Eight micro-batches of 512 are accumulated, and "
-             "codes are balanced over 512 + 3840 queued images, not 4096; the official code takes lr 4.8 at 4096."),
+             "codes are balanced over 512 + 3840 queued images, not 4096; the official code takes lr 4.8 at 4096. "
+             "OpenMixup's file leaves vectors out of LARS and weight decay and crops bicubically; we do not."),
 }
