@@ -38,28 +38,19 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
     """
     import timm
 
-    base, mini = MINI.get(name, (name, {}))
+    base, arguments = as_timm(name, size, **arguments)
     if not timm.is_model(base):
         near = [m for m in timm.list_models() if m.split("_")[0][:3] == name[:3]]
         unknown("backbone", name, [*MINI, "resnet50", "vit_base_patch16_224", *near][:20])
-    arguments = {**mini, **arguments, "num_classes": 0, "pretrained_cfg_overlay": {"input_size": (3, size, size)}}
-    if base.startswith(("vit", "deit", "beit", "swin")):
-        patch = arguments.get("patch_size") or _patch_in(base)
-        if patch and size % patch:
-            raise InputError(f"size {size} cannot be cut into patches of {patch} px for {name}; "
-                             f"use {size // patch * patch or patch} or another multiple of {patch}.")
-        arguments["img_size"] = size
-    if base.startswith("beit"):
-        # With "avg", its default, timm has no norm at the end of the tokens: a head's own norm takes its place.
-        arguments.setdefault("global_pool", "token")
     if sobel:
         arguments["in_chans"] = 2
-    model = timm.create_model(base, pretrained=False, **arguments)
+    model = timm.create_model(base, pretrained=False, num_classes=0,
+                              pretrained_cfg_overlay={"input_size": (3, size, size)}, **arguments)
     given = getattr(model, "head_hidden_size", model.num_features)
     if given != model.num_features:
         raise InputError(f"{name} gives {given:,} numbers, more than the {model.num_features:,} of its last map, which "
                          "methods and protocols count with; use another backbone, resnet50 for example.")
-    if size <= SMALL_IMAGE and isinstance(model, timm.models.ResNet):
+    if small_stem(model, size):
         model.maxpool = nn.Identity()
         if name not in MINI:  # those are made for small images and keep the stem they have
             _small_image_stem(model)
@@ -69,6 +60,29 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
         # A hook has no state: the state dict stays plain timm.
         model.conv1.register_forward_pre_hook(lambda _, inputs: sobel_maps(inputs[0]))
     return model
+
+
+def as_timm(name: str, size: int, **arguments) -> tuple[str, dict]:
+    """timm's name of a backbone, and the arguments that its create_model makes it of. Errors: InputError."""
+    base, mini = MINI.get(name, (name, {}))
+    arguments = {**mini, **arguments}
+    if base.startswith(("vit", "deit", "beit", "swin")):
+        patch = arguments.get("patch_size") or _patch_in(base)
+        if patch and size % patch:
+            raise InputError(f"size {size} cannot be cut into patches of {patch} px for {name}; "
+                             f"use {size // patch * patch or patch} or another multiple of {patch}.")
+        arguments["img_size"] = size
+    if base.startswith("beit"):
+        # With "avg", its default, timm has no norm at the end of the tokens: a head's own norm takes its place.
+        arguments.setdefault("global_pool", "token")
+    return base, arguments
+
+
+def small_stem(backbone: nn.Module, size: int) -> bool:
+    """Whether a network gets the stem for small images, of which timm knows nothing."""
+    import timm
+
+    return size <= SMALL_IMAGE and isinstance(backbone, timm.models.ResNet)
 
 
 def image_size(backbone: nn.Module) -> int:

@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from .data import Images
 from .errors import InputError, unknown
@@ -73,6 +74,13 @@ class Boxes(Images):
     def clipped(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Boxes (M, 4) within images of (M, 2) or (2,) px: those of COCO overlap the edge by parts of a pixel."""
         return np.concatenate([boxes[:, :2].clip(0), np.minimum(boxes[:, 2:], sizes)], 1)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        image = super().__getitem__(i)
+        if image.size != tuple(self.sizes[i].tolist()):  # its boxes would lie elsewhere
+            raise InputError(f"{self.where(i)} is {image.size[0]} x {image.size[1]} px, but its annotation says "
+                             f"{self.sizes[i][0]} x {self.sizes[i][1]}; correct one of them.")
+        return image
 
     def objects(self, i: int) -> Objects:
         return self.everything.at(slice(self.starts[i], self.starts[i + 1]))

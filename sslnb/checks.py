@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from . import limits, methods
-from .data import Images
+from .data import Images, said
 from .errors import InputError, unknown
 from .files import read_jsonl, write_atomic
 from .nodes import same_images
@@ -35,7 +35,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     if isinstance(recipe, str):
         recipe = resolve(recipe)
     if data is not None:
-        recipe = recipe.with_(data=str(data) if isinstance(data, os.PathLike) else data)
+        recipe = recipe.with_(data=said(data) if isinstance(data, os.PathLike) else data)
     for name, value in (("processes", processes), ("seed", seed), ("workers", workers), ("compile", compile),
                         ("resume", resume)):
         limits.check(name, value)
@@ -86,6 +86,8 @@ def _check_chunk(recipe: Recipe, compile: bool) -> None:
 def _check_trackers(trackers: Sequence[str]) -> None:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
+    if isinstance(trackers, str):
+        raise InputError(f"trackers {trackers!r} is one name and must be a list: use [{trackers!r}].")
     for name in trackers:
         if name not in LOGGER_TYPE_TO_CLASS:
             unknown("tracker", name, LOGGER_TYPE_TO_CLASS)

@@ -93,6 +93,11 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     return images.subset(_draw(images, fraction, seed))
 
 
+def said(data: str | Path) -> str:
+    """A name or path as text, for a recipe. A Path stays one: `Path("photos")` is a folder and no set of ours."""
+    return str(data.absolute()) if isinstance(data, os.PathLike) and str(data) in NAMES else str(data)
+
+
 def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> Images:
     if name in EMBEDDED:
         pixels, labels, classes = EMBEDDED[name](split)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import InputError
@@ -84,4 +84,5 @@ def _reading(path: str | Path) -> Iterator[None]:
             raise
         if number and not os.path.isdir(os.path.dirname(path) or "."):
             raise InputError(f"No image can be decoded from {path}: bring back its folder, or its disk.") from error
-        raise BrokenImage(f"Cannot read image {path}: {error}") from error
+        reason = "it is no image, or a damaged one" if isinstance(error, UnidentifiedImageError) else error
+        raise BrokenImage(f"Cannot read image {path}: {reason}") from error

@@ -98,12 +98,14 @@ def preflight(recipe: Recipe | str, data: str | Path | None = None, *, steps: in
     a few if they are many, and as if the processes shared it.
     Errors: InputError, as in `pretrain`, before any work.
     """
-    from . import methods
+    from . import limits, methods
+    from .data import said
 
+    limits.check("steps", steps, limits.COUNT)
     if isinstance(recipe, str):
         recipe = methods.recipes(recipe)["demo"]
     if data is not None:
-        recipe = recipe.with_(data=str(data))
+        recipe = recipe.with_(data=said(data))
     recipe.steps_per_epoch(len(recipe.load()))  # one process alone may have images enough
     one = recipe.with_(gpus=1, force_accum=True)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(), _one_of(recipe.gpus):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .errors import InputError
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a disk that takes no more
 
 
@@ -23,7 +25,7 @@ def checksum(path: Path) -> str:
 @contextlib.contextmanager
 def drafted(path: Path) -> Iterator[Path]:
     """The file is whole or as it was before: the draft that is written here gets its name once it is on the disk."""
-    draft = path.with_name(f".{path.name}.draft")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # others may write the same file at the same time
     try:
         yield draft
         with draft.open("rb") as file:
@@ -77,3 +79,13 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder, if it is not there. Errors: InputError, before any work whose results it could not take."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be a folder for results: {error.strerror}; choose another one.") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} cannot be written by this user; choose another folder for results.")

@@ -83,11 +83,21 @@ def uncompiled() -> Iterator[None]:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """True where any process says True, so that all of them stop at the same step."""
+    return total([float(flag)], device)[0] > 0
+
+
+def total(numbers: list[float], device: torch.device) -> list[float]:
+    """Sums over all processes."""
     if not dist.is_initialized():
-        return flag
-    told = torch.tensor(float(flag), device=device)
+        return numbers
+    told = torch.tensor(numbers, device=device)
     dist.all_reduce(told)
-    return bool(told > 0)
+    return told.tolist()
+
+
+def cores() -> int:
+    """Cores that this process may use: of those of a machine a batch job has often only some."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def limit_threads(processes: int) -> None:
@@ -98,7 +108,7 @@ def limit_threads(processes: int) -> None:
     """
     if "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # other machines have cores of their own
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2 // here))
+        torch.set_num_threads(max(1, cores() // 2 // here))
 
 
 def failed(run: Run, error: Exception, rank: int) -> Exception:
@@ -106,7 +116,9 @@ def failed(run: Run, error: Exception, rank: int) -> Exception:
     error = _explained(error, run)
     reason = f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):  # a full disk does not take these words either
-        run.append("error", step=run.status().get("step", 0), process=rank, time=time.time(), text=reason)
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        run.append("error", step=run.status().get("step", 0), process=rank, attempt=attempt, time=time.time(),
+                   text=reason)
         if rank == 0:
             final = isinstance(error, NonFinite | InputError)
             again = "SSLNB_PARENT" in os.environ and not final  # torchrun below: it starts it anew or has the last word
@@ -174,12 +186,15 @@ def torchrun(run: Run, processes: int) -> None:
     Fresh ones, because a kernel that has used CUDA or threads cannot be forked safely. Nothing here waits for a
     process that is gone: their output ends, and the status file says how far they came.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-               f"--max_restarts={RESTARTS}", "-m", "sslnb.train", str(run.path)]
+    # All said, for torchrun reads PET_NNODES and the like, which a cluster may have set for something else.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1", "--node_rank=0",
+               f"--nproc_per_node={processes}", f"--max_restarts={RESTARTS}", "-m", "sslnb.train", str(run.path)]
     env = {**os.environ, "SSLNB_PARENT": str(os.getpid()), "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+    env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # s to finish a step and save, where 30 are usual
     if not torch.cuda.is_available():
-        # Without this each process believes that it is alone; more threads than cores would spin against each other.
-        env |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+        env["ACCELERATE_USE_CPU"] = "1"  # without it each process believes that it is alone
+        # More threads than cores would spin against each other.
+        env.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     run.write_running()
     old = run.history("error")
     with (run.path / "launch.log").open("a") as log, sigterm_raises():
@@ -200,8 +215,9 @@ def torchrun(run: Run, processes: int) -> None:
     status = run.status()
     if code == 0 and status.get("state") == "done":
         return
-    # When one process fails the others fail too, with a lost connection: the first error is the cause.
+    # When one process fails the others fail too, with a lost connection: the last start's first error is the cause.
     errors = [row for row in run.history("error") if row not in old]
+    errors = [row for row in errors if row["attempt"] == max(r["attempt"] for r in errors)]
     reason = errors[0]["text"] if errors else status.get("reason") or f"the processes ended with code {code}"
     state = "interrupted" if status.get("state") == "interrupted" else "failed"
     run.write_status(state=state, reason=reason)
@@ -220,8 +236,12 @@ def accelerator(precision: str, trackers: Sequence[str], path: Path):
     """Accelerate for this process: precision, trackers, and DDP that leaves buffers alone."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
+            raise InputError(f"ACCELERATE_USE_{name} is set, and sslnb trains with DistributedDataParallel alone; "
+                             "unset it, and start the run with `processes` or torchrun.")
     if AcceleratorState._shared_state and not dist.is_initialized():
         # A kernel trains several runs, and Accelerate would hold it to the precision of the first.
         AcceleratorState._reset_state()
@@ -229,8 +249,8 @@ def accelerator(precision: str, trackers: Sequence[str], path: Path):
     # differ in the last bit. Told that parameters may go unused it does not; on a CPU that is worth its small price.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=not torch.cuda.is_available())
     return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not torch.cuda.is_available(),
-                       log_with=list(trackers) or None, project_dir=str(path),
-                       kwargs_handlers=[ddp])
+                       log_with=list(trackers) or None, project_dir=str(path), kwargs_handlers=[ddp],
+                       gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1))  # the loop accumulates
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:

@@ -36,14 +36,16 @@ class Monitor:
     def __init__(self, run: Run, images, views: Views, recipe: Recipe, on: bool = True):
         """`on`: False for a method that nobody wants measured, `Method.monitored`."""
         self.run, self.recipe, self.views, self.images, self.on = run, recipe, views, images, on
-        self.every = max(1, math.ceil(recipe.epochs / LOOKS))
+        self.per_epoch = recipe.steps_per_epoch(len(images))
+        self.epochs = math.ceil(recipe.total_steps(self.per_epoch) / self.per_epoch)  # a run may be counted in steps
+        self.every = max(1, math.ceil(self.epochs / LOOKS))
         self.last: dict[str, Any] = {}
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         self.bank = images.subset(order[:BANK].sort().values)
 
     def due(self, epoch: int) -> bool:
         """After this epoch, -1 being before the first."""
-        return self.on and ((epoch + 1) % self.every == 0 or epoch + 1 == self.recipe.epochs)
+        return self.on and ((epoch + 1) % self.every == 0 or epoch + 1 == self.epochs)
 
     @uncompiled()
     @torch.no_grad()
@@ -62,8 +64,7 @@ class Monitor:
         z1, z2 = (features(backbone, x.to(device), r.pool).float().cpu() for x in self._pair())
         row = {}
         if all(x.isfinite().all() for x in (bank.x, z1, z2)):
-            row = {"step": step, "epoch": step / max(1, self.run.status()["total"]) * r.epochs,
-                   **panel(bank.x, z1, z2)}
+            row = {"step": step, "epoch": step / self.per_epoch, **panel(bank.x, z1, z2)}
             if bank.labels is not None and len(bank.x) > 40:
                 row["knn"] = weighted_knn(bank.x, bank.labels, bank.x, bank.labels, k=20, exclude_self=True).top1
             self.run.append("monitor", **row)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .data import Images
 from .decoding import BrokenImage
 from .errors import InputError
+from .launch import cores
 from .views import Views
 
 
@@ -141,4 +142,4 @@ def loader_workers(workers: int | str, images: Images, processes: int = 1) -> in
     if workers != "auto":
         return int(workers)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", processes))  # other machines have cores of their own
-    return 0 if getattr(images, "root", None) is None else max(1, min(12, (os.cpu_count() or 2) // processes - 1))
+    return 0 if getattr(images, "root", None) is None else max(1, min(12, cores() // processes - 1))

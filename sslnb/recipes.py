@@ -172,7 +172,14 @@ class Recipe:
             raise InputError(f"epochs {own['epochs']!r} does not shorten this recipe, which is {self.steps:,} "
                              "optimizer steps long; give steps instead.")
         length = "steps" if self.steps else "epochs"
-        if self.milestones and length in own:  # a longer or shorter schedule keeps its shape
+        if own.get("steps") and not self.steps:  # counted in steps from here on, in the same shape
+            scale = own["steps"] / self.epochs
+            own.setdefault("lr_by_epoch", False)  # of which there may be none
+            if self.milestones:
+                own.setdefault("milestones", tuple(round(m * scale) for m in self.milestones))
+            if self.warmup_epochs and "warmup_epochs" not in own:
+                own.setdefault("warmup_steps", round(self.warmup_epochs * scale))
+        elif self.milestones and length in own:  # a longer or shorter schedule keeps its shape
             scale = own[length] / getattr(self, length)
             own.setdefault("milestones", tuple(round(m * scale) for m in self.milestones))
         if 0 < own.get("steps", 0) < self.warmup_steps:  # a short trial, as with epochs
@@ -194,6 +201,8 @@ class Recipe:
         if batch is not None:
             limits.check("batch", batch)
         method, total = methods.get(self.method), self.total_batch
+        if gpus > total:
+            raise InputError(f"A total batch of {total} cannot be split over {gpus} processes; use at most {total}.")
         accumulable, chunks = method.accumulable or self.force_accum, method.chunks
         if batch is None:
             batch = min(self.batch, total // gpus) if accumulable else total // gpus
@@ -277,8 +286,9 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
     else the demo recipe. `processes` keeps the total batch. Errors: InputError for unknown names and bad numbers.
     """
     from . import methods
+    from .data import said
 
-    data = str(data) if isinstance(data, Path) else data
+    data = said(data) if isinstance(data, Path) else data
     limits.check("data", data)
     if processes != "auto":
         limits.check("processes", processes)

@@ -26,6 +26,8 @@ from .reading import EpochSampler, ViewSet, image_loader, loader_workers, next_b
 from .recipes import Recipe
 from .run import Run, code_of
 
+LOOK = 5  # s between looks, on GPUs, at whether the run is to stop
+
 
 def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Path = "auto", *, processes: int = 1,
              precision: str = "auto", resume: bool = True, seed: int = 0, trackers: Sequence[str] = (),
@@ -43,6 +45,9 @@ def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Pa
         if run.status().get("state") == "done":
             print(f"{run.path} is finished already ({run.status()['total']} steps); its results are used.")
         elif processes > 1:
+            if 0 < torch.cuda.device_count() < processes:
+                raise InputError(f"processes {processes} are more than the {torch.cuda.device_count()} GPU(s) here; "
+                                 "use as many, or start the run on several machines with torchrun.")
             launch.torchrun(run, processes)
         else:
             train(run)
@@ -85,6 +90,7 @@ class Trainer:
         self.images = nodes.load(recipe)
         nodes.same_images(run, self.images)
         self.cuda = self.device.type == "cuda"
+        self.deterministic = torch.backends.cudnn.deterministic  # which a protocol may want
         self.threads = torch.get_num_threads()
         if not self.cuda:
             launch.limit_threads(world)
@@ -135,6 +141,7 @@ class Trainer:
         if self.main and self.step == 0 and self.monitor.due(-1):
             self.monitor.look(method, 0)
         meter = Meter(self)
+        self.look_at, self.looked = self.step + 1, (self.step, time.monotonic())
         for epoch in range(self.step // self.per_epoch, math.ceil(self.total / self.per_epoch)):
             method.before_epoch(run, epoch)
             self._seek(self.step)
@@ -146,9 +153,19 @@ class Trainer:
                 if self.step % self.per_epoch == 0 or self.step == self.total:
                     self._end_of_epoch(epoch, start)
                 # Last, so that a run that stops here has nothing left to do for this step when it comes back.
-                if self.step % self.check_every == 0 and launch.any_process(stop.asked, self.device):
+                if self.step >= self.look_at and self._told(stop):
                     self._leave(start, stop)
         self._finish(start)
+
+    def _told(self, stop: launch.Stop) -> bool:
+        """Whether any process was told to stop. When they ask next all agree too: after some seconds, for on a GPU
+        asking waits for the device, but whoever stops us does not wait for long."""
+        (step, moment), self.looked = self.looked, (self.step, time.monotonic())
+        told, seconds = launch.total([float(stop.asked), self.looked[1] - moment], self.device)
+        processes, steps = self.accelerator.num_processes, self.step - step
+        soon = int(LOOK * processes * steps / max(seconds, 1e-3))  # so many steps take so long
+        self.look_at = self.step + (max(1, min(self.log_every, soon)) if self.cuda and processes > 1 else 1)
+        return told > 0
 
     def _logged(self, step: int) -> bool:
         """Whether the log has a row of this step: what only the log wants is computed for it alone."""
@@ -269,6 +286,7 @@ class Trainer:
     def close(self) -> None:
         self.accelerator.end_training()
         self.loader = None  # ends persistent workers
+        torch.backends.cudnn.deterministic = self.deterministic
         torch.set_num_threads(self.threads)
 
 

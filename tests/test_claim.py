@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from test_train import equal, train_until, weights
 
 from sslnb import InputError, Run, launch, nodes, prepare, pretrain
 from sslnb.launch import Stop
+from sslnb.reading import loader_workers
 
 NOBODY = 2**22 - 3  # no process has this id
 
@@ -184,3 +187,53 @@ def test_the_home_folder_may_be_written_as_in_a_shell(tiny, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert prepare(tiny(), out="~/run").path == tmp_path / "home" / "run"
     assert Run.open("~/run").seed == 0 and not (tmp_path / "~").exists()
+
+
+def test_the_start_of_several_processes_and_which_error_ended_them(tmp_path, monkeypatch, tiny):
+    """torchrun starts a run again: the reason is the first error of its last start, not one that was survived."""
+    run, given = prepare(tiny("simsiam"), out=tmp_path / "run"), {}
+
+    class Child:
+        stdout = ()
+
+        def __init__(self, command, env, **_):
+            given.update(command=command, env=env)
+            for attempt, text in ((0, "MONDAY"), (1, "FRIDAY"), (1, "connection lost")):
+                monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+                launch.failed(run, RuntimeError(text), 0)
+
+        def wait(self):
+            return 1
+    monkeypatch.setattr(launch.subprocess, "Popen", Child)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with pytest.raises(RuntimeError, match="FRIDAY"):
+        launch.torchrun(run, 2)
+    assert {"--nnodes=1", "--node_rank=0", "--nproc_per_node=2"} <= set(given["command"])
+    assert given["env"]["OMP_NUM_THREADS"] == "3" and given["env"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
+
+
+def test_more_processes_than_gpus_are_refused_before_they_start(tmp_path, monkeypatch, tiny):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launch, "torchrun", None)
+    with pytest.raises(InputError, match=r"processes 2 are more than the 1 GPU\(s\) here"):
+        pretrain(tiny("simsiam"), out=tmp_path / "run", processes=2)
+
+
+def test_what_accelerate_reads_from_the_environment_does_not_change_the_training(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert launch.accelerator("fp32", (), tmp_path).gradient_accumulation_steps == 1
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="ACCELERATE_USE_FSDP is set"):
+        launch.accelerator("fp32", (), tmp_path)
+
+
+def test_only_the_cores_count_that_a_job_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 4, 5, 6}, raising=False)
+    assert launch.cores() == 4 and loader_workers("auto", SimpleNamespace(root="x"), 2) == 1
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    launch.limit_threads(1)
+    assert set_to == [2]

@@ -1,6 +1,7 @@
 """From a file to pixels: every kind of file, two decoders that agree, and what is the file's fault."""
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -118,6 +119,16 @@ def test_both_decoders_call_the_same_files_broken(tmp_path):
         assert type(one) is not str or type(other) is str
         found.add(type(other))
     assert found == {str, torch.Tensor}
+
+
+def test_where_warnings_are_errors_no_image_is_broken_and_what_is_none_has_a_sentence(tmp_path, photo):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved(tmp_path, photo, "a.jpg")
+    (tmp_path / "b.jpg").write_text("<html>404</html>")
+    for how in (read_image, read_pixels):
+        with pytest.raises(BrokenImage, match=r"b.jpg: it is no image, or a damaged one$"):
+            how(tmp_path / "b.jpg")
 
 
 def test_without_a_decoder_in_torchvision_pillow_does(tmp_path, photo, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -809,13 +810,36 @@ def test_weights_for_detectron2_have_its_names(tmp_path):
         export(build("resnet50", 32), tmp_path / "small.pkl")
 
 
-def test_sizes_that_the_annotation_gets_wrong_are_named(tmp_path):
+@pytest.mark.parametrize("n", [0, 10])
+def test_sizes_that_the_annotation_gets_wrong_are_named(tmp_path, n):
     for split in ("train", "test"):
-        images = few(split, 8)
-        images.sizes = images.sizes + 2
-        write_voc(images, tmp_path)
-    with pytest.raises(InputError, match="000001.jpg is .* px, but its annotation says"):
-        Detector.fitted(demo(tmp_path))
+        write_voc(few(split, 12), tmp_path)
+    wrong = sorted(tmp_path.rglob("*.xml"))[n]
+    wrong.write_text(re.sub(r"<width>(\d+)", lambda m: f"<width>{int(m[1]) + 2}", wrong.read_text()))
+    recipe = demo(tmp_path)
+    with pytest.raises(InputError, match=f"{wrong.stem}.jpg is .* px, but its annotation says .* correct one of them"):
+        Detector.fitted(recipe)  # looks at the first eight
+        [recipe.load(split)[i] for split in ("train", "test") for i in range(12)]
+
+
+def test_test_images_that_cannot_be_read_are_left_out_and_counted(tmp_path):
+    for split in ("train", "test"):
+        write_voc(few(split, 12), tmp_path)
+    recipe = demo(tmp_path)
+    before = Detector.fitted(recipe)
+    images = recipe.load("test")
+    Path(images.where(1)).write_bytes(b"no image"), Path(images.where(7)).unlink()
+    assert Detector.fitted(recipe) == before
+    run = prepare(before, out=tmp_path / "run")
+    detector = before.build()
+    detector.before_train(run)
+    detector.precise_batches = 0
+    detector.detect = lambda images, i, canvas: [
+        {"image_id": int(images.ids[i]), "category_id": int(images.category_ids[k]), "score": 1.0,
+         "bbox": [b[0], b[1], b[2] - b[0], b[3] - b[1]]}
+        for b, k in zip(images.targets(i).boxes.tolist(), images.targets(i).classes.tolist(), strict=True)]
+    found = detector.test(run)
+    assert (found["n"], found["broken"]) == (10, 2) and found["ap50"] == pytest.approx(100)
 
 
 @pytest.mark.slow

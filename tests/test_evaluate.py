@@ -872,3 +872,50 @@ def test_a_process_that_fails_is_told_with_its_reason(tmp_path):
     gone = open_source("nowhere/run", 0)
     with pytest.raises(RuntimeError, match="ended with code 1: .*backbone 'nowhere/run'"):
         pieces.features_by_pieces(gone, nn.Linear(1, 1), data.load("digits_scattered", "test"), 20, 0, tmp_path, 1)
+
+
+def test_pieces_of_other_images_are_made_anew_and_other_orders_refused(tmp_path, monkeypatch):
+    """As many images as before, under the same name."""
+    started = []
+    monkeypatch.setattr(pieces, "_start", lambda place, processes: started.append(place))
+    monkeypatch.setattr(pieces, "_read", lambda piece: (torch.zeros(0, 4), [], []))
+    source, names = open_source("resnet_mini", 0), ["digits", "digits_scattered"]
+    images = {name: data.load("digits_scattered").subset(range(100 * n, 100 * n + 100)) for n, name in enumerate(names)}
+    for part in images.values():
+        monkeypatch.setattr(pieces, "load", lambda name, split, part=part: part)
+        pieces.features_by_pieces(source, nn.Linear(1, 1), part, 20, 0, tmp_path, 2)
+    assert len({str(place) for place in started}) == 2
+    with pytest.raises(InputError, match="loads other images than those that are evaluated"):
+        pieces.features_by_pieces(source, nn.Linear(1, 1), part.subset(range(99, -1, -1)), 20, 0, tmp_path, 2)
+
+
+def test_processes_that_compute_features_keep_to_the_gpus_that_are_ours(tmp_path, monkeypatch):
+    given = []
+
+    class Child:
+        returncode = 0
+
+        def __init__(self, command, env, **_):
+            given.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def communicate(self):
+            return "", ""
+    monkeypatch.setattr(pieces.subprocess, "Popen", Child)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for visible, expected in (("4,5,6,7", "45674"), ("", "01230")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        pieces._start(tmp_path, 5)
+        assert given[-5:] == list(expected)
+
+
+@pytest.mark.parametrize("changes, words", [({"processes": 0}, "processes 0 is impossible"),
+                                            ({"workers": "many"}, "workers 'many' is impossible"),
+                                            ({"size": -3}, "size -3 is impossible"),
+                                            ({"seed": "1"}, "seed '1' is impossible"),
+                                            ({"out": "a file"}, "a file cannot be a folder for results")])
+def test_what_evaluation_cannot_do_is_said_before_features_are_computed(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    Path("a file").touch()
+    monkeypatch.setattr(Subject, "features", None)
+    with pytest.raises(InputError, match=words):
+        evaluate("resnet_mini", "digits_scattered", **changes)

@@ -2,6 +2,7 @@
 
 import re
 from math import inf, nan
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +108,20 @@ def test_what_was_published_for_a_recipe_is_not_for_another():
     same = r.with_(data="/data/imagenet", gpus=4, batch=64, accum=16, precision="bf16", lr=r.lr)
     assert r.published and r.on(2).published == r.published == same.published
     assert r.with_(lr=1.0, published={"mine": 1.0}).published == {"mine": 1.0}
+
+
+def test_a_recipe_that_is_counted_in_steps_from_now_on_keeps_its_shape():
+    r = resolve("mocov1", data="imagenet", steps=5000)
+    assert r.milestones == (3000, 4000) and r.lr_at(4999, 5004) == pytest.approx(r.lr / 100)
+    r = resolve("byol", data="imagenet", epochs=300, steps=1000)
+    assert r.warmup_steps == round(1000 * 10 / 300) and max(r.lr_at(s, 312) for s in range(1000)) == pytest.approx(r.lr)
+    assert resolve("mocov1", data="imagenet", steps=100, milestones=(7,)).milestones == (7,)
+
+
+def test_a_path_stays_a_path_though_a_set_of_ours_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve("byol", data=Path("photos")).data == str(tmp_path / "photos")
+    assert resolve("byol", data="photos").data == "photos" and resolve("byol", data=Path("mine")).data == "mine"
 
 
 def test_a_rate_that_is_held_within_an_epoch_never_goes_back_into_the_warm_up():

@@ -50,7 +50,8 @@ def test_every_setting_is_compared_on_images_that_it_was_not_trained_on(source, 
 
 
 def test_the_row_names_the_protocol_and_what_was_changed_of_it(source, row):
-    assert row["protocol"] == "semi_demo, with steps 6, milestones (4, 5), batch 8" and row["fraction"] == 0.1
+    assert row["protocol"] == ("semi_demo, with steps 6, milestones (4, 5), batch 8, lrs (0.001, 0.01), head_lrs "
+                               "(1.0, 10.0)") and row["fraction"] == 0.1
     for folder in (source.path, Run.open(row["run"]).path):
         assert json.loads((folder / "results.jsonl").read_text().splitlines()[-1]) == json.loads(json.dumps(row))
 

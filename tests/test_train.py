@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from sslnb import Run, methods, prepare, pretrain
+from sslnb import Run, launch, methods, prepare, pretrain
 from sslnb.errors import InputError, NonFinite
 from sslnb.launch import Stop
 from sslnb.reading import EpochSampler, ViewSet, image_loader
@@ -596,3 +597,15 @@ def test_a_run_counted_in_steps_ends_within_an_epoch_and_resumes_exactly(tiny, t
     train_until(parts, 5)
     pretrain(recipe, out=tmp_path / "parts")
     assert equal(weights(whole), weights(parts))
+
+
+@pytest.mark.parametrize("seconds, steps", [(1.0, 20), (8.0, 2), (400.0, 1)])
+def test_on_gpus_all_ask_together_and_soon_whether_to_stop(monkeypatch, seconds, steps):
+    """Four steps took so many seconds; there are at most 20 until the next look, and at most about five seconds."""
+    trainer = SimpleNamespace(looked=(0, 0.0), step=4, device=None, cuda=True, log_every=20,
+                              accelerator=SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
+    monkeypatch.setattr(launch, "total", lambda numbers, device: [numbers[0], 2 * numbers[1]])
+    assert not Trainer._told(trainer, SimpleNamespace(asked=False)) and trainer.look_at == 4 + steps
+    trainer.step += 1
+    assert Trainer._told(trainer, SimpleNamespace(asked=True))

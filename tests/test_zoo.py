@@ -821,7 +821,7 @@ def test_a_source_may_be_a_file_without_a_name_or_a_name_of_the_zoo(served, caps
     server, path = served
     for source in ("here", path):
         opened = open_source(source, seed=3)
-        assert (opened.architecture, opened.size) == ("resnet18", None)
+        assert (opened.architecture, opened.size) == ("resnet18", 224)
         backbone = opened.backbone(48)
         assert torch.equal(backbone.conv1.weight, torch.load(path)["conv1.weight"]) and backbone.conv1.stride == (2, 2)
         assert "120 tensors of the backbone come from the file" in capsys.readouterr().out

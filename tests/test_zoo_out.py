@@ -1,6 +1,7 @@
 """Our weights out, and published results beside measured ones."""
 
 import json
+import re
 import shutil
 
 import nbformat
@@ -43,6 +44,20 @@ def test_timm_loads_an_exported_resnet_and_computes_the_same(tmp_path):
         assert torch.equal(model(x), run.backbone()(x)) and torch.equal(hub(x), run.backbone()(x))
 
 
+@pytest.mark.parametrize("method, numbers, size", [("simmim", {"backbone": "beit_mini"}, 28),
+                                                   ("mae", {}, 20), ("simmim", {"backbone": "swin_mini"}, 28)])
+def test_the_cards_own_line_and_the_hubs_way_give_the_same_network(tmp_path, monkeypatch, method, numbers, size):
+    recipe = methods.recipes(method)["demo"].with_(epochs=1, steps=2, data="few_digits", batch=8, size=size, **numbers)
+    run = pretrain(recipe, out=tmp_path / "run")
+    folder, x = export(run, tmp_path / "out"), torch.rand(2, 3, size, size)
+    (line,) = re.findall(r"timm.create_model.*", (folder / "README.md").read_text())
+    monkeypatch.chdir(folder)
+    with torch.no_grad():
+        expected = run.backbone()(x)
+        assert torch.equal(eval(line, {"timm": timm}).eval()(x), expected)
+        assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()(x), expected)
+
+
 def test_timm_loads_an_exported_vit_by_what_its_card_says(tmp_path):
     run = pretrain(methods.recipes("mae")["demo"].with_(epochs=1, steps=2, data="few_digits", batch=8),
                    out=tmp_path / "run")
@@ -65,6 +80,16 @@ def test_the_card_of_small_images_names_our_builder_and_the_measured_results(run
     backbone = backbones.build("resnet_mini", 20)
     backbone.load_state_dict(load_file(folder / "model.safetensors"))
     assert json.loads((folder / "recipe.json").read_text()) == run.settings
+    with pytest.raises(Exception, match="architecture|pretrained_cfg"):  # timm would keep a pool that we removed
+        timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+
+
+def test_a_card_has_no_results_of_half_trained_weights_and_none_twice(copied, tmp_path):
+    row = next(r for r in copied.results() if r["source"] == "run")
+    append_jsonl(copied.path / "results.jsonl", {**row, "top1": 12.3, "step": 3, "total": 6})
+    append_jsonl(copied.path / "results.jsonl", {**row, "top1": 45.6})
+    card = (copied.export(tmp_path / "out") / "README.md").read_text()
+    assert "12.3" not in card and "| 45.6 [" in card and card.count("| run |") == 1
 
 
 def test_a_run_that_is_not_done_does_not_go_out(run, tmp_path):
@@ -203,18 +228,43 @@ def test_a_run_that_was_not_done_has_the_epochs_that_it_had(copied):
 
 
 def test_published_stands_beside_measured_and_seeds_are_counted():
-    row = {"method": "byol", "epochs": 200, "data": "/data/imagenet", "protocol": "linear_simsiam", "stale": False,
-           "baseline": False}
+    row = {"method": "byol", "backbone": "resnet50", "epochs": 200, "data": "/data/imagenet",
+           "protocol": "linear_simsiam", "stale": False, "baseline": False}
     text = side_by_side([{**row, "top1": 71.0, "trained_seed": 0}, {**row, "top1": 72.0, "trained_seed": 1}])
     (line,) = [line for line in text.splitlines() if line.startswith("byol")]
     assert line.split() == [
-        "byol", "200", "imagenet", "linear_simsiam", "71.5", "0", "1", "71.88", "(200", "epochs),", "72.93", "(300",
-        "epochs)"]
+        "byol", "resnet50", "200", "imagenet", "linear_simsiam", "71.5", "0", "1", "71.88", "(200", "epochs),",
+        "72.93", "(300", "epochs)"]
     for other in ("linear_demo", "linear_simsiam, with epochs 3"):  # a changed protocol is another one
         assert "–" in side_by_side([{**row, "protocol": other, "top1": 1.0, "trained_seed": 0}])
     near = {**row, "protocol": "knn k20 t0.07", "top1": 60.0, "trained_seed": 0}
-    assert side_by_side([near, {**near, "top1": 10.0, "baseline": True}]).splitlines()[1].split()[6:] == [
+    assert side_by_side([near, {**near, "top1": 10.0, "baseline": True}]).splitlines()[1].split()[7:] == [
         "60.0", "0", "64.2", "(200", "epochs),", "66.3", "(300", "epochs)"]
+
+
+def test_runs_of_one_name_and_runs_that_moved_stay_what_they_are(run, tmp_path):
+    """Two runs whose directories have one name, evaluated into one folder; a run under another name; another cwd."""
+    for place in "ab":
+        evaluate(shutil.copytree(run.path, tmp_path / place / "run"), protocols=["knn"], baselines=False,
+                 out=tmp_path / "all")
+    rows = measured(tmp_path / "all")
+    assert sorted(row["judged"] for row in rows) == [str(tmp_path / place / "run") for place in "ab"]
+    assert all(row["method"] == "simclr" and not row["baseline"] for row in rows)
+    assert side_by_side(rows).count("simclr") == 1, "the same recipe and seed"
+    moved = shutil.move(tmp_path / "a" / "run", tmp_path / "a" / "run-first")
+    (row,) = [row for row in measured(moved) if row["source"] == "run" and row["protocol"].startswith("knn")]
+    assert row["method"] == "simclr" and not row["baseline"]
+
+
+def test_runs_of_another_recipe_or_backbone_have_lines_of_their_own():
+    row = {"method": "mocov3", "backbone": "resnet50", "epochs": 300, "data": "imagenet", "seed": 0, "trained_seed": 0,
+           "protocol": "linear_mocov3", "stale": False, "baseline": False, "trained_as": {"lr": 1}}
+    text = side_by_side([{**row, "top1": 60.0}, {**row, "top1": 50.0, "trained_as": {"lr": 2}}])
+    assert "60.0" in text and "50.0" in text and "73.19" not in text, "those are of a ViT"
+    small = side_by_side([{**row, "top1": 60.0, "backbone": "vit_small_patch16_224"}])
+    assert "73.19" in small
+    heads = {**row, "protocol": "multihead_imagenet", "method": "byol", "feat5": {"top1": 66.0}}
+    assert "66.0" in side_by_side([heads], metric="feat5")
 
 
 def test_executed_notebooks_name_their_runs(tmp_path):

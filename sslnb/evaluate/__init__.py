@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from .. import limits
 from ..errors import InputError, unknown
-from ..files import append_jsonl
+from ..files import append_jsonl, check_writable
 from ..reading import loader_workers
 from . import few_labels
 from .detection import DETECTION
@@ -26,7 +27,7 @@ from .finetune import FINETUNE
 from .knn import KS, knn_grid
 from .linear import LINEAR, linear_probe
 from .multihead import MULTIHEAD
-from .protocol import fitted_to, train_from, train_protocol
+from .protocol import fitted_to, named, train_from, train_protocol
 from .results import accuracy, interval, mean_interval, result_row, table
 from .semi import SEMI, semi_supervised
 from .sources import Subject, open_source, subjects
@@ -72,7 +73,8 @@ def _few_labels(subject: Subject, train, test, seed: int, *, steps: int = 200) -
         return None  # raw pixels have no weights to tune
     predictions, labels, more = few_labels.few_labels(subject, train, test, seed, steps)
     correct = int((predictions == labels).sum())
-    return Outcome(f"fine-tune {few_labels.LABELS} labels per class", correct, len(labels), more)
+    name = named(f"fine-tune {few_labels.LABELS} labels per class", {} if steps == 200 else {"steps": steps})
+    return Outcome(name, correct, len(labels), more)
 
 
 PROTOCOLS: dict[str, Callable[..., Outcome | None]] = {"knn": _knn, "linear": _linear, "few_labels": _few_labels}
@@ -98,6 +100,11 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     the folder of the results, so that an interrupted evaluation continues. `settings` are those of `train_protocol`,
     epochs, batch …, or the `steps` of "few_labels".
     """
+    protocols = [protocols] if isinstance(protocols, str) else list(protocols)
+    for name, value in (("processes", processes), ("seed", seed), ("workers", workers)):
+        limits.check(name, value)
+    if size is not None:
+        limits.check("size", size)
     for name in protocols:
         if name not in PROTOCOLS and name not in RECIPES:
             unknown("protocol", name, [*PROTOCOLS, *RECIPES])
@@ -108,6 +115,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
                              "calls.")
     source = open_source(source, seed, backbone)
     folder = source.folder if out is None else Path(out)
+    if folder is not None:
+        check_writable(folder)
     train, test = _load(data or source.data or DEFAULT_DATA) if quick else (None, None)
     trainers = {name: semi_supervised if name in SEMI else train_protocol for name in protocols if name in RECIPES}
     for name, train_it in trainers.items():  # everything is looked at before anything trains
@@ -134,7 +143,7 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
             outcome = PROTOCOLS[name](subject, train, test, seed, **settings)
             if outcome is None:
                 continue
-            about = {"size": subject.size, **(source.progress if subject.name == source.name else {})}
+            about = {"size": subject.size, **source.judged, **(source.progress if subject.name == source.name else {})}
             numbers = {**accuracy(outcome.correct, outcome.n), **outcome.more, **about}
             rows.append(result_row(subject.name, train.name, outcome.protocol, numbers, seed))
             if folder is not None:

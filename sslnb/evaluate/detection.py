@@ -9,6 +9,7 @@ which it looks up by the image's number. The detector is in detector.py, what is
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..boxes import Boxes, coco_masks, decoded
+from ..decoding import BrokenImage
 from ..errors import InputError, unknown
 from ..files import write_atomic
 from ..geometry import ImageOp
@@ -145,17 +147,18 @@ class Detector(Protocol):
             if not isinstance(images, Boxes):
                 raise InputError(f"{images.name} has no boxes, and a detector learns from them; give a folder in the "
                                  "layout of VOC or COCO, or clothes_in_photos.")
-            for i in range(min(len(images), 8)):
-                if images[i].size != tuple(images.sizes[i].tolist()):
-                    raise InputError(f"{images.where(i)} is {images[i].size[0]} x {images[i].size[1]} px, but its "
-                                     f"annotation says {images.sizes[i][0]} x {images.sizes[i][1]}.")
+            for i in range(min(len(images), 8)):  # those that come later say by themselves if their size is another
+                with suppress(BrokenImage):
+                    images[i]
         if train.classes != test.classes:
             raise InputError(f"{train.name} has {len(train.classes)} classes in training and {len(test.classes)} in "
                              "the test, or other ones; both must have the same.")
         recipe = recipe.with_(numbers={**recipe.numbers, "classes": len(train.classes)})
         masks = recipe.numbers.get("masks", False)
-        if masks and train.everything.masks is None:
-            raise InputError(f"{train.name} has boxes but no masks: take a protocol without them, or masks=False.")
+        for images in (train, test):
+            if masks and images.everything.masks is None:
+                raise InputError(f"{images.name} ({images.split}) has boxes but no masks, at least not of each: take a "
+                                 "protocol without them, or masks=False.")
         if masks or test.rule == "coco":
             coco_masks()
         return recipe
@@ -176,19 +179,25 @@ class Detector(Protocol):
         views = self.views(run.recipe.size)
         loader = in_order(images, views, run.recipe.batch, run.settings["workers"], rank, size)
         self.eval()
-        found = []
+        found, unread = [], []
         for (crops,), index, _, broken in loader:
-            for x, i, bad in zip(crops.to(next(self.parameters()).device), index.tolist(), broken, strict=True):
-                found += [] if bad >= 0 else self.detect(images, i, x.float() / 255)
+            crops = crops.to(next(self.parameters()).device)
+            for x, i, bad in zip(crops, index.tolist(), broken.tolist(), strict=True):
+                if bad >= 0:
+                    unread.append(bad)  # nobody could find anything in it
+                else:
+                    found += self.detect(images, i, x.float() / 255)
         self.train(training)
-        found = gather_object(found)
+        found, unread = gather_object(found), gather_object(unread)
+        images = images.subset(np.setdiff1d(np.arange(len(images)), unread)) if unread else images
         if rank == 0:
             write_atomic(run.path / "detections.json", json.dumps(found))
         told = coco_ap(images, found) if images.rule == "coco" else voc_ap(images, found)
         if images.rule != "coco" and find_spec("faster_coco_eval"):
             told["coco_ap"] = coco_ap(images, found)["ap"]  # another number than VOC's, for comparisons with others
         masks = coco_ap(images, found, masks=True) if self.masks else {}
-        return {**told, **{f"{name}_mask": value for name, value in masks.items()}, "n": len(images)}
+        about = {"n": len(images), **({"broken": len(unread)} if unread else {})}
+        return {**told, **{f"{name}_mask": value for name, value in masks.items()}, **about}
 
     @torch.no_grad()
     def detect(self, images: Boxes, i: int, canvas: Tensor) -> list[dict]:

@@ -20,6 +20,7 @@ from ..data import Images, load
 from ..errors import InputError
 from ..files import checksum, save_tensors, write_atomic
 from ..launch import limit_threads
+from ..nodes import contents
 from ..reading import loader_workers
 from .features import Features, extract, joined
 from .sources import Source, open_source
@@ -51,12 +52,13 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     """
     job = Job(source.origin, source.given, seed, source.fresh_weights, size, source.pool, images.name, images.split,
               PIECE)
-    if len(load(job.data, job.split)) != len(images):
+    these = contents(images)
+    if contents(load(job.data, job.split)) != these:
         raise InputError(f"{job.data} ({job.split}) loads other images than those that are evaluated, and other "
                          "processes load them by name; give the name or the path of the whole set, or processes=1.")
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(draft := folder / f".weights-{os.getpid()}.safetensors", network.state_dict())
-    said = json.dumps({**vars(job), "weights": checksum(draft), "images": len(images)})
+    said = json.dumps({**vars(job), "weights": checksum(draft), **these})
     place = folder / "features" / hashlib.sha256(said.encode()).hexdigest()[:10]
     place.mkdir(parents=True, exist_ok=True)
     draft.replace(place / "weights.safetensors")
@@ -76,9 +78,10 @@ def _read(piece: Path) -> tuple[Tensor, list[int], list[str]]:
 
 def _start(place: Path, processes: int) -> None:
     """All processes of this machine, each with a GPU of its own if there are any."""
-    gpus, children = torch.cuda.device_count(), []
+    visible, count, children = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), []
+    gpus = visible.split(",") if visible else [str(n) for n in range(count)]  # on a shared machine not all are ours
     for rank in range(processes):
-        own = {"CUDA_VISIBLE_DEVICES": str(rank % gpus)} if gpus else {}
+        own = {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if count else {}
         command = [sys.executable, "-m", "sslnb.evaluate.pieces", str(place), str(rank), str(processes)]
         children.append(subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True))
     try:

@@ -17,11 +17,12 @@ from torch import nn
 
 from .. import methods
 from ..backbones import build
+from ..data import said
 from ..errors import InputError, unknown
 from ..files import append_jsonl, checksum, save_tensors
 from ..methods.base import Method
 from ..parts import world
-from ..recipes import Recipe
+from ..recipes import Recipe, method_numbers
 from ..run import Run
 from .results import result_row
 from .sources import Source, open_source
@@ -101,7 +102,7 @@ class Protocol(Method):
         if last or self.test_every and (epoch + 1) % self.test_every == 0:
             found = self.test(run)
             if world()[0] == 0:
-                run.append("test", step=run.status().get("step", 0), epoch=epoch + 1, **found)
+                run.append("test", step=min((epoch + 1) * self.per_epoch, self.total), epoch=epoch + 1, **found)
 
 
 def train_protocol(source, protocol: str, data: str | Path | None = None, out: str | Path = "auto", *,
@@ -133,8 +134,12 @@ HOW_IT_RUNS = ("processes", "precision", "workers", "resume")  # and not what ru
 
 def named(protocol: str, settings: Mapping[str, Any]) -> str:
     """The name of a protocol, with what was changed of it: "linear_moco, with epochs 3"."""
+    from . import RECIPES
+
+    recipe = RECIPES.get(protocol)
+    own = {**method_numbers(recipe.method), **vars(recipe), **recipe.numbers} if recipe else {}
     changes = [f"{name} {value}" for name, value in settings.items()
-               if name not in HOW_IT_RUNS and value is not None]
+               if name not in HOW_IT_RUNS and value is not None and value != own.get(name)]
     return f"{protocol}, with {', '.join(changes)}" if changes else protocol
 
 
@@ -157,14 +162,14 @@ def train_from(source: Source, recipe: Recipe, data: str | Path | None = None, o
 def fitted_to(source: Source, recipe: Recipe, data: str | Path | None, size: int | None, **changes: Any) -> Recipe:
     """The recipe for this source, these data and `changes`. Errors: InputError if they do not fit."""
     kind = methods.get(recipe.method)
-    recipe = kind.on_source(recipe, source, size).with_(data=str(data or source.data or recipe.data)).with_(**changes)
+    recipe = kind.on_source(recipe, source, size).with_(data=said(data or source.data or recipe.data)).with_(**changes)
     return kind.fitted(recipe)
 
 
 def write_row(run: Run, source: Source, protocol: str, **more: Any) -> dict:
     """The row of a finished run of a protocol, written beside it and beside its source."""
     numbers = methods.get(run.recipe.method).results(run.history("test"))
-    about = {"size": run.recipe.size, **source.progress, **more, "run": str(run.path)}
+    about = {"size": run.recipe.size, **source.judged, **source.progress, **more, "run": str(run.path.resolve())}
     row = result_row(source.name, run.recipe.data, protocol, {**numbers, **about}, run.seed)
     for folder in {run.path, *([source.folder] if source.folder else [])}:
         append_jsonl(folder / "results.jsonl", row)

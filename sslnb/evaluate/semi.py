@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import limits
 from ..errors import InputError
 from ..recipes import Recipe
 from .protocol import find, named, train_from, write_row
@@ -54,6 +55,11 @@ def semi_supervised(source, protocol: str = "semi_1", data: str | Path | None = 
     if wrong := settings.keys() & {"lr", "head_lr"}:
         raise InputError(f"{' and '.join(sorted(wrong))} cannot be given: {protocol} chooses among `lrs` and "
                          "`head_lrs`. For one setting call train_protocol.")
+    for name, values in (("lrs", lrs), ("head_lrs", head_lrs)):
+        if not values:
+            raise InputError(f"{name} is empty: give the rates to choose among.")
+        for value in values:
+            limits.check(name.removesuffix("s"), value)
     if fraction is not None:
         settings["fraction"] = fraction if isinstance(fraction, float) else str(fraction)
     source, recipe = open_source(source, seed, backbone), find(protocol)
@@ -70,6 +76,9 @@ def semi_supervised(source, protocol: str = "semi_1", data: str | Path | None = 
             print(f"lr {lr:g}, times {head_lr:g} for the classifier: {top1:.1f} % of the held-out images")
     best = max(found, key=lambda setting: setting["held_out"])
     run = train_from(source, recipe, data, out, seed=seed, lr=best["lr"], head_lr=best["head_lr"], **settings)
-    settings.pop("fraction", None)  # of the protocol, as the rate is: it stands in the row by itself
-    return write_row(run, source, named(protocol, settings), labels=len(run.recipe.load()),
+    changed = {name: value for name, value, own in (("lrs", lrs, LRS), ("head_lrs", head_lrs, HEAD_LRS),
+                                                    ("hold_out", hold_out, HOLD_OUT)) if value != own}
+    if not isinstance(fraction, float):
+        settings.pop("fraction", None)  # the published splits are files, and stand in the row by themselves
+    return write_row(run, source, named(protocol, {**settings, **changed}), labels=len(run.recipe.load()),
                      fraction=run.recipe.fraction, **best, settings=found)

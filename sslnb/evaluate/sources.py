@@ -37,6 +37,11 @@ class Source:
         """The same network with fresh weights: the baseline of everything that is claimed for the source."""
         return replace(self, name="random initialisation", backbone=self.fresh, fresh_weights=True, progress={})
 
+    @property
+    def judged(self) -> dict[str, str]:
+        """For rows: the directory of the run whose weights, or whose rival's, are evaluated."""
+        return {"judged": str(self.folder.resolve())} if self.folder else {}
+
     def rival(self, images, size: int, seed: int, device: str | torch.device = "auto") -> nn.Module:
         """The same network with fresh weights as a frozen one has to be for a fair comparison: every branch switched
         on, BatchNorm statistics of these images."""
@@ -130,7 +135,7 @@ def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mappi
     fresh = _seeded(seed, lambda size: zoo.fresh(name, numbers, native, size))
     row, home = zoo.find(file), zoo.home_of(file)
     about = row or (Run.open(home).recipe if home else None)
-    return Source(f"{home.name}/{Path(file).name}" if home else Path(file).name, trained, fresh,
+    return Source(f"{home.name}/{Path(file).name}" if home else Path(file).name, trained, fresh, native,
                   pool=about.pool if about else "model", architecture=name, numbers=numbers, origin=str(file),
                   given=backbone)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..backbones import MINI, SMALL_IMAGE
+from ..backbones import as_timm, small_stem
 from ..errors import InputError
 from ..files import save_tensors, write_atomic
 from ..run import Run
@@ -20,8 +20,9 @@ LICENCE = "mit"
 
 
 def export(run: Run, folder: str | Path | None = None, *, licence: str = LICENCE, openmmlab: bool = False) -> Path:
-    """Write model.safetensors (timm's names), config.json (timm's, for the hub), recipe.json and README.md, a model
-    card with recipe, data and every measured result; `openmmlab` adds openmmlab.pth, in the names of their detectors.
+    """Write model.safetensors (timm's names), config.json (timm's, for the hub, unless timm has no name for the stem),
+    recipe.json and README.md, a model card with recipe, data, the line of Python that loads it and every measured
+    result; `openmmlab` adds openmmlab.pth, in the names of their detectors.
 
     `folder`: where, or `export` in the run directory. Errors: InputError for a run that is not finished.
     """
@@ -36,7 +37,7 @@ def export(run: Run, folder: str | Path | None = None, *, licence: str = LICENCE
     save_tensors(folder / "model.safetensors", tensors)
     write_atomic(folder / "config.json", json.dumps(_config(recipe, backbone), indent=1))
     write_atomic(folder / "recipe.json", json.dumps(run.settings, indent=1))
-    write_atomic(folder / "README.md", _card(run, licence))
+    write_atomic(folder / "README.md", _card(run, backbone, licence))
     if theirs:
         torch.save({"meta": {}, "state_dict": theirs}, folder / "openmmlab.pth")
     return folder
@@ -79,45 +80,44 @@ def _mm_name(name: str) -> str:
     return f"layers.{block[1]}.{inner}"
 
 
-def _timm(recipe) -> tuple[str, dict[str, Any]]:
-    """timm's name of the architecture and the arguments that make it."""
-    base, mini = MINI.get(recipe.backbone, (recipe.backbone, {}))
-    return base, {**mini, **{k: v for k, v in recipe.backbone_numbers.items() if k != "sobel"}}
+def _ours(recipe, backbone) -> bool:
+    """Whether the network has a stem that timm has no name for: it would build another one without a word."""
+    return bool(recipe.backbone_numbers.get("sobel")) or small_stem(backbone, recipe.size)
 
 
 def _config(recipe, backbone) -> dict[str, Any]:
-    base, arguments = _timm(recipe)
-    if hasattr(backbone, "patch_embed"):
-        arguments["img_size"] = recipe.size
-    if recipe.backbone_numbers.get("sobel"):
-        arguments["in_chans"] = 2
+    about = {"num_classes": 0, "num_features": backbone.num_features}
+    if _ours(recipe, backbone):
+        return {"library": "sslnb", "backbone": recipe.backbone, "size": recipe.size,
+                "backbone_numbers": dict(recipe.backbone_numbers), **about}
+    base, arguments = as_timm(recipe.backbone, recipe.size, **recipe.backbone_numbers)
     cfg = {"input_size": [3, recipe.size, recipe.size], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
            "num_classes": 0, "interpolation": "bicubic", "crop_pct": 0.875}
-    return {"architecture": base, "num_classes": 0, "num_features": backbone.num_features, "model_args": arguments,
-            "pretrained_cfg": cfg}
+    return {"architecture": base, **about, "model_args": arguments, "pretrained_cfg": cfg}
 
 
-def _how_to_load(recipe) -> str:
-    base, arguments = _timm(recipe)
-    small = recipe.size <= SMALL_IMAGE and base.startswith("resnet")
-    if small or recipe.backbone_numbers.get("sobel"):  # timm has no name for these stems
+def _how_to_load(recipe, backbone) -> str:
+    if _ours(recipe, backbone):
         said = "".join(f", {k}={v!r}" for k, v in recipe.backbone_numbers.items())
         return (f"backbone = sslnb.backbones.build({recipe.backbone!r}, {recipe.size}{said})\n"
                 'backbone.load_state_dict(safetensors.torch.load_file("model.safetensors"))')
+    base, arguments = as_timm(recipe.backbone, recipe.size, **recipe.backbone_numbers)
     said = "".join(f", {k}={v!r}" for k, v in arguments.items())
     return f'timm.create_model({base!r}, num_classes=0{said}, checkpoint_path="model.safetensors")'
 
 
-def _card(run: Run, licence: str) -> str:
+def _card(run: Run, backbone, licence: str) -> str:
     recipe, start = run.recipe, (run.provenance() or [{}])[-1]
+    # An evaluation of weights before the last says its step; what was evaluated again counts once.
+    newest = {(r["source"], r["data"], r["protocol"], r["seed"]): r for r in run.results() if "step" not in r}
     rows = [f"| {r['source']} | {r['data']} | {r['protocol']} | {r['top1']:.1f} "
             f"[{r['interval'][0]:.1f}, {r['interval'][1]:.1f}] | {r['n']:,} | {r['seed']} |"
-            for r in run.results() if "top1" in r and "interval" in r]
+            for r in newest.values() if "top1" in r and "interval" in r]
     table = "\n".join(["| features | data | protocol | top-1 (%), 95 % interval | images | seed |",
                        "|---|---|---|---|---|---|", *rows]) if rows else "Nothing was measured yet."
     return f"""---
 license: {licence}
-library_name: timm
+library_name: {"sslnb" if _ours(recipe, backbone) else "timm"}
 tags: [image-feature-extraction, self-supervised-learning, sslnb]
 ---
 
@@ -126,7 +126,7 @@ tags: [image-feature-extraction, self-supervised-learning, sslnb]
 Trained without labels by sslnb for {recipe.epochs} epochs with a total batch of {recipe.total_batch}, seed {run.seed}.
 
 ```python
-{_how_to_load(recipe)}
+{_how_to_load(recipe, backbone)}
 ```
 
 ## Measured

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..backbones import sincos_position
 from ..errors import InputError
 
 Tensors = dict[str, Tensor]
@@ -101,9 +102,19 @@ def convert(state: Tensors, wanted: dict[str, torch.Size] | None = None) -> Plai
             dialect(plain)
             break
     vit = plain.tensors.get("patch_embed.proj.weight")
-    if "MoCo v3" in layout and vit is not None and len(vit) == 384:
+    if vit is not None and len(vit) == 384 and ("base_encoder" in prefix or "MoCo v3" in layout or _of_mocov3(plain)):
         plain.heads = 12  # official code: 32 numbers per head, where timm's ViT-S has 64 and 6 heads
     return plain
+
+
+def _of_mocov3(plain: Plain) -> bool:
+    """Its fixed positions, rows first, tell where the file's own converter has left plain names."""
+    positions = plain.tensors.get("pos_embed")
+    if positions is None or positions.is_meta:
+        return False
+    side = round((positions.shape[1] - 1) ** 0.5)
+    ours = sincos_position(side, positions.shape[2], first="row")
+    return ours.shape == positions.shape and torch.allclose(positions.float(), ours, atol=1e-5)
 
 
 def _fits(state: Tensors, prefix: str, mark: str) -> bool:

@@ -7,6 +7,7 @@ Nothing in it was measured here. A method that is not in this package has its ow
 """
 
 import csv
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .. import methods
 from ..embedded import ASSETS
+from ..evaluate.protocol import Protocol
 from ..run import Run, code_of, read_jsonl
 
 BACKBONES = {"ResNet-50": "resnet50", "ViT-Base": "vit_base_patch16_224", "ViT-Small": "vit_small_patch16_224",
              "Swin-Base": "swin_base_patch4_window7_224",
              "ResNet-18": "resnet18", "ViT-Base/32": "vit_base_patch32_224"}
+BASELINES = ("random initialisation", "raw pixels")  # what stands beside a source
 FAMILIES = {
     "pretext": ("relative_loc", "inpainting", "rotation"), "clustering": ("deepcluster", "odc", "swav"),
     "contrastive": ("npid", "mocov1", "mocov2", "mocov3", "simclr", "densecl"),
@@ -76,12 +80,20 @@ def measured(folder: str | Path) -> list[dict[str, Any]]:
     for file in sorted(Path(folder).rglob("results.jsonl")):
         run = Run(file.parent) if (file.parent / "recipe.json").exists() else None
         for row in read_jsonl(file):
-            place = Path(row.get("run", file.parent)).resolve()
-            key = (row["source"], row["data"], row["protocol"], row["seed"], place)
-            judged = run if run and ("run" not in row or place != file.parent.resolve()) else None
+            judged = _judged(row, run)
+            key = (row["source"], row["data"], row["protocol"], row["seed"], row.get("size"),
+                   row.get("run") or row.get("judged") or str(file.parent.resolve()))
             if key not in rows or (row["time"], judged is not None) >= (rows[key]["time"], "judged" in rows[key]):
                 rows[key] = {**row, **(_of_run(judged, row) if judged else {}), "file": str(file)}
     return sorted(rows.values(), key=lambda row: row["time"], reverse=True)
+
+
+def _judged(row: Mapping[str, Any], beside: Run | None) -> Run | None:
+    """The run whose weights a row is of: the one it names, if that is still there, or else the one it lies in."""
+    place = Path(row["judged"]) if "judged" in row else None
+    if place and (place / "recipe.json").exists():
+        return Run(place)
+    return None if beside is None or issubclass(methods.get(beside.recipe.method), Protocol) else beside
 
 
 def _of_run(run: Run, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +102,7 @@ def _of_run(run: Run, row: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": recipe.method, "recipe": recipe.name, "backbone": recipe.backbone,
             "epochs": recipe.epochs if done == 1 else round(done * recipe.epochs, 1),
             "batch": recipe.total_batch, "judged": str(run.path), "trained_seed": run.seed,
-            "baseline": row["source"] != run.path.name,
+            "trained_as": recipe.to_json(), "baseline": row["source"] in BASELINES,
             "stale": not trained or set(trained) != {code_of(recipe.method)}}
 
 
@@ -108,24 +120,29 @@ def executed(folder: str | Path) -> dict[str, list[str]]:
 
 
 def side_by_side(ours: Sequence[Mapping[str, Any]], metric: str = "top1") -> str:
-    """A table to read: method, epochs, protocol, what is published for them (with a * where sources disagree), and what
-    was measured: the mean over seeds, how many, and "stale" where the method's code has changed since.
+    """A table to read: method, backbone, epochs, protocol, what is published for them (with a * where sources
+    disagree), and what was measured: the mean over seeds, how many, and "stale" where the method's code has changed.
 
-    Numbers stand in one line only if method and protocol agree, so nothing stands beside a protocol that was changed;
-    what else differs (data, epochs) is written out.
+    Numbers stand in one line only if method, backbone and protocol agree, so nothing stands beside a protocol that was
+    changed; what else differs (data, epochs) is written out. Runs of different recipes have lines of their own.
     """
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in ours:
         if metric in row and "method" in row and not row["baseline"]:
-            groups.setdefault((row["method"], row["epochs"], row["data"], row["protocol"]), []).append(row)
-    lines = [["method", "epochs", "data", "protocol", "measured (%)", "seeds", "published on ImageNet (%)"]]
-    for (method, epochs, data, protocol), rows in sorted(groups.items()):
-        mean = sum(row[metric] for row in rows) / len(rows)
+            trained = json.dumps(row.get("trained_as"), sort_keys=True, default=str)
+            groups.setdefault((row["method"], row["backbone"], row["epochs"], row["data"], row["protocol"],
+                               row.get("size") or 0, trained), []).append(row)
+    lines = [["method", "backbone", "epochs", "data", "protocol", "measured (%)", "seeds", "published on ImageNet (%)"]]
+    for (method, backbone, epochs, data, protocol, *_), rows in sorted(groups.items()):
+        # Of a protocol with several heads the accuracy of each is a dict.
+        values = [row[metric]["top1"] if isinstance(row[metric], Mapping) else row[metric] for row in rows]
+        mean = sum(values) / len(values)
         stale = "  stale" if any(row["stale"] for row in rows) else ""
         theirs = published(method=method, protocol="knn", metric="top1 k20") if protocol == "knn k20 t0.07" else \
             published(method=method, protocol=protocol, metric=metric)
-        said = ", ".join(f"{p.value:g}{'*' if p.flag else ''} ({p.epochs} epochs)" for p in theirs)
-        lines.append([method, str(epochs), Path(data).name, protocol, f"{mean:.1f}{stale}",
+        said = ", ".join(f"{p.value:g}{'*' if p.flag else ''} ({p.epochs} epochs)" for p in theirs
+                         if BACKBONES.get(p.backbone, p.backbone) == backbone)
+        lines.append([method, backbone, str(epochs), Path(data).name, protocol, f"{mean:.1f}{stale}",
                       " ".join(sorted({str(row["trained_seed"]) for row in rows})), said or "–"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
