@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .decoding import pixels, read_image, read_pixels
+from .decoding import BrokenImage, pixels, read_image, read_pixels
 from .embedded import DEBIAN_FASHION_MNIST, EMBEDDED, FASHION_CLASSES, read_idx
 from .errors import InputError, unknown
 from .folders import EXTENSIONS, Listing, check_classes, kept, layout, listing, subfolders, with_images
@@ -45,6 +46,18 @@ class Images(Dataset):
         """The i-th image as uint8 (3, H, W), with the channels of a pixel side by side in memory; `images[i]`, sooner.
         """
         return read_pixels(self.where(i)) if self.root else pixels(self[i])
+
+    def first(self, count: int) -> list[Image.Image]:
+        """The first `count` that can be read, or all of them if they are fewer. Errors: InputError if there is none."""
+        found: list[Image.Image] = []
+        for i in range(len(self)):
+            if len(found) == count:
+                break
+            with suppress(BrokenImage):
+                found.append(self[i])
+        if not found:
+            raise InputError(f"No image can be decoded from {self.where(0)} on; is the folder still there?")
+        return found
 
     def where(self, i: int) -> str:
         """The i-th image's file, or `name[i]` for a set that is held in memory."""
@@ -99,12 +112,14 @@ def said(data: str | Path) -> str:
 
 
 def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> Images:
+    path = Path(name).expanduser()
+    if isinstance(name, str) and name in NAMES and path.is_dir():
+        raise InputError(f"{name!r} is a set of ours and a folder here; write './{name}' for the folder, or rename it.")
     if name in EMBEDDED:
         pixels, labels, classes = EMBEDDED[name](split)
         return Images(name, split, pixels, labels=labels, classes=classes)
     if name in DOWNLOADS:
         return _downloaded(name, split, Path(root or os.environ.get("SSLNB_DATA", "data")).expanduser())
-    path = Path(name).expanduser()
     known = None if name in NAMES else kept(path)
     if known is None or any(folder.startswith(("VOC", "annotations")) for folder in known.folders):
         from . import boxes

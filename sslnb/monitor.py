@@ -7,10 +7,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .errors import InputError, NonFinite
+from .errors import NonFinite
 from .files import drafted
 from .launch import any_process, uncompiled
 from .reading import next_batch
@@ -97,11 +96,11 @@ class Monitor:
     def _pair(self) -> tuple[Tensor, Tensor]:
         """Two draws of the method's first view, the same images and draws every time."""
         first = Views(self.views.views[0])
-        shown = self._readable(PAIRS)
+        shown = self.bank.first(PAIRS)
         return first(shown, seed=1)[0], first(shown, seed=2)[0]
 
     def _snapshot(self, method, device, step: int) -> None:
-        shown = self._readable(SHOWN)
+        shown = self.bank.first(SHOWN)
         rng = random.Random(0)
         crops = [torch.stack(v) for v in zip(*(self.views.crop(image, rng) for image in shown), strict=True)]
         views = self.views.photometric(crops, torch.arange(len(shown)))
@@ -111,20 +110,6 @@ class Monitor:
             folder.mkdir(exist_ok=True)
             with drafted(folder / f"step_{step:08d}.pt") as draft, draft.open("wb") as file:
                 torch.save({k: v.cpu() for k, v in tensors.items()}, file)
-
-    def _readable(self, count: int) -> list[Image.Image]:
-        """The first pictures of the bank that can be decoded."""
-        from .decoding import BrokenImage
-
-        found: list[Image.Image] = []
-        for i in range(len(self.bank)):
-            if len(found) == count:
-                break
-            with contextlib.suppress(BrokenImage):
-                found.append(self.bank[i])
-        if not found:
-            raise InputError(f"No image can be decoded from {self.bank.where(0)} on; is the folder still there?")
-        return found
 
 
 class FiniteWatch:

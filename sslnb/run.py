@@ -275,6 +275,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def code_changed(run: Run) -> bool:
+    """Whether the file of the run's method is another than when it was started last; False where nothing says so."""
+    starts = run.provenance()
+    return bool(starts) and starts[-1].get("code") not in (None, code_of(run.recipe.method))
+
+
 def code_of(method: str) -> str:
     """A checksum of the file that a method stands in: what was measured with another one is stale."""
     from . import methods

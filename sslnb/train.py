@@ -24,7 +24,7 @@ from .evaluate.collapse import output_std
 from .monitor import FiniteWatch, Meter, Monitor
 from .reading import EpochSampler, ViewSet, image_loader, loader_workers, next_batch
 from .recipes import Recipe
-from .run import Run, code_of
+from .run import Run, code_changed, code_of
 
 LOOK = 5  # s between looks, on GPUs, at whether the run is to stop
 
@@ -44,6 +44,9 @@ def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Pa
                       trackers=trackers, workers=workers, compile=compile, held=held)
         if run.status().get("state") == "done":
             print(f"{run.path} is finished already ({run.status()['total']} steps); its results are used.")
+            if code_changed(run):
+                print(f"But the file of {run.recipe.method} has changed since: resume=False trains anew, another `out` "
+                      "keeps both.")
         elif processes > 1:
             if 0 < torch.cuda.device_count() < processes:
                 raise InputError(f"processes {processes} are more than the {torch.cuda.device_count()} GPU(s) here; "
@@ -282,6 +285,8 @@ class Trainer:
             self.run.rewind_log(self.step)
             self.run.append("event", step=self.step, text="resumed")
             print(f"Resuming {self.run.path} at step {self.step} of {self.total}.", flush=True)
+            if code_changed(self.run):
+                print(f"The file of {self.recipe.method} has changed since: it goes on with the new code.", flush=True)
 
     def close(self) -> None:
         self.accelerator.end_training()

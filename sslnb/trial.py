@@ -1,13 +1,17 @@
 """What only building a recipe, or a step of it, can tell: tried before a run has a directory, without memory."""
 
+import inspect
+import traceback
+
 import torch
 from PIL import Image
 
-from . import optim
+from . import methods, optim
 from .errors import InputError
 from .methods.base import Method
 from .parts import Queue
 from .recipes import Recipe
+from .views import Normalize
 
 
 def try_out(recipe: Recipe, total: int) -> None:
@@ -23,6 +27,7 @@ def try_out(recipe: Recipe, total: int) -> None:
                 optim.build(method.param_groups(recipe), recipe)
             views = method.views(recipe.size)
             if method.monitored:  # not a protocol, whose images may bring boxes
+                normal = views.normalize
                 views = views([Image.new("RGB", (recipe.size, recipe.size))])
         except InputError:
             raise
@@ -30,10 +35,48 @@ def try_out(recipe: Recipe, total: int) -> None:
             raise InputError(f"{recipe.method} on {recipe.backbone} at {recipe.size} px cannot be built with "
                              f"{_numbers(recipe)} ({type(error).__name__}: {' '.join(str(error).split())}); change "
                              "what that names.") from error
+        if method.monitored and normal != Normalize():
+            raise InputError(f"{recipe.method}: its first view is normalised by {normal}, but evaluation shows every "
+                             "backbone images that are normalised by Normalize(); end the view with that.")
         if method.monitored:
             _step(method, recipe, views)
+            if ":" in recipe.method and not recipe.method.startswith("sslnb."):
+                _own_step(recipe, views)
     if recipe.pool != "model" and not hasattr(method.backbone, "num_prefix_tokens"):
         raise InputError(f"pool {recipe.pool!r} is impossible for {recipe.backbone}, which has no tokens: use 'model'.")
+
+
+def _own_step(recipe: Recipe, views: list[torch.Tensor]) -> None:
+    """A real step, on the CPU and a few images of noise, of a method of the user's own: what `forward` must give, and
+    that its hooks can be called. One whose hooks prepare something before the first step is taken on trust."""
+    kind, name = methods.get(recipe.method), recipe.method
+    for hook, given in (("before_train", 1), ("before_epoch", 2), ("before_step", 1), ("after_step", 1),
+                        ("after_epoch", 2)):
+        try:
+            inspect.signature(getattr(kind, hook)).bind(*range(1 + given))
+        except TypeError as error:
+            raise InputError(f"{name}: {hook} {error}; see the hooks in sslnb/methods/base.py.") from error
+    if any(getattr(kind, hook) is not getattr(Method, hook) for hook in ("before_train", "before_epoch")):
+        return
+    few = min(recipe.batch, 4)
+    try:
+        out = recipe.build().train()([torch.randn(few, *view.shape[1:]) for view in views], torch.arange(few))
+    except InputError:
+        raise
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"{name}: a step with {few} images failed in {at.filename}, line {at.lineno} "
+                         f"({type(error).__name__}: {' '.join(str(error).split())}); mend it.") from error
+    wrong = {key: value for key, value in out.items() if not isinstance(value, torch.Tensor)} \
+        if isinstance(out, dict) else {}
+    loss = out.get("loss") if isinstance(out, dict) else None
+    if not isinstance(out, dict) or loss is None or wrong or loss.ndim or not loss.requires_grad:
+        found = f"a {type(out).__name__}" if not isinstance(out, dict) else \
+            f"no 'loss', only {', '.join(out) or 'nothing'}" if loss is None else \
+            f"{', '.join(wrong)}, which is no tensor" if wrong else \
+            f"a loss of shape {tuple(loss.shape)}" if loss.ndim else "a loss without a gradient"
+        raise InputError(f"{name}: forward gives {found}; it must return a dict of tensors with a scalar 'loss' that "
+                         "can be differentiated.")
 
 
 def _numbers(recipe: Recipe) -> str:

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from . import figures
 from .backbones import image_size
 from .data import load
+from .decoding import read_image
 from .errors import InputError
 from .masking import random_mask
 from .methods.base import Masked
@@ -184,10 +185,10 @@ def _what_to_show(state: dict, size: int, redraw: Callable) -> list:
 
     def receive(change) -> None:
         try:
-            state["image"] = _square(Image.open(io.BytesIO(change["new"][0]["content"])), size)
+            state["image"] = _square(read_image(io.BytesIO(change["new"][0]["content"])), size)
             message.value = ""
-        except (OSError, IndexError) as error:
-            message.value = f"This file cannot be read as an image ({error}); try a PNG or a JPEG."
+        except (InputError, OSError, IndexError):
+            message.value = "This file cannot be read as an image; try a PNG or a JPEG."
         redraw()
 
     def switch(change) -> None:
@@ -206,7 +207,7 @@ def _square(image, size: int) -> torch.Tensor:
     elif isinstance(image, str | Path):
         if not Path(image).is_file():
             raise InputError(f"There is no image {str(image)!r}; give the path of a picture, or none for a photograph.")
-        image = Image.open(image)
+        image = read_image(image)
     pixels = numpy.asarray(ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
 

@@ -488,3 +488,18 @@ def test_seeds_depend_on_seed_epoch_and_index_only():
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(InputError, match=r"larger than the data: 30 on 2 process\(es\) are 60 images.*50"):
         EpochSampler(50, 30, world=2)
+
+
+def test_a_folder_that_is_called_like_a_set_of_ours_is_asked_about(tmp_path, digits, monkeypatch):
+    write_classes(tmp_path / "photos", digits, "01")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="'photos' is a set of ours and a folder here; write './photos'"):
+        load("photos")
+    assert len(load("./photos")) == len(load(Path("photos"))) == 18 and len(load("digits_scattered")) == 1300
+
+
+def test_the_first_images_that_can_be_read(tmp_path, digits):
+    images = load(write_classes(tmp_path / "set", digits, "01"))
+    Path(images.where(1)).write_text("no image")
+    assert len(images.first(2)) == 2 and len(images.first(99)) == len(images) - 1
+    assert images.first(2)[1].tobytes() == images[2].tobytes()

@@ -877,7 +877,7 @@ def test_a_process_that_fails_is_told_with_its_reason(tmp_path):
 def test_pieces_of_other_images_are_made_anew_and_other_orders_refused(tmp_path, monkeypatch):
     """As many images as before, under the same name."""
     started = []
-    monkeypatch.setattr(pieces, "_start", lambda place, processes: started.append(place))
+    monkeypatch.setattr(pieces, "_start", lambda place, processes, device: started.append(place))
     monkeypatch.setattr(pieces, "_read", lambda piece: (torch.zeros(0, 4), [], []))
     source, names = open_source("resnet_mini", 0), ["digits", "digits_scattered"]
     images = {name: data.load("digits_scattered").subset(range(100 * n, 100 * n + 100)) for n, name in enumerate(names)}

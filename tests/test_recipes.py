@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sslnb import evaluate, limits, methods
+from sslnb import evaluate, limits, methods, pretrain
 from sslnb.checks import prepare
 from sslnb.errors import InputError
 from sslnb.recipes import Recipe, is_imagenet, method_numbers, resolve
@@ -376,3 +376,73 @@ def test_imagenet_below_the_home_folder_is_imagenet(tmp_path, monkeypatch):
     for i in range(1000):
         (tmp_path / "imagenet" / "train" / f"n{i:08d}").mkdir(parents=True)
     assert is_imagenet("~/imagenet") and resolve("byol", data="~/imagenet").backbone == "resnet50"
+
+
+OWN = """
+import torch
+from torch import nn
+from sslnb.methods.base import Method
+from sslnb.recipes import Recipe
+from sslnb.views import Normalize, RandomResizedCrop, View, Views
+
+class Mine(Method):
+    def __init__(self, backbone, *, alpha: float = 1.0):
+        super().__init__()
+        self.backbone = backbone
+    def views(self, size):
+        return Views(View(RandomResizedCrop(size), {normal}, count=2))
+    def forward(self, views, index=None):
+        z = self.backbone(views[0])
+        loss = z.square().mean()
+        return {out}
+{hook}
+
+RECIPES = {{"demo": Recipe(method="{name}:Mine", backbone="resnet_mini", size=20, data="digits", batch=8, epochs=1)}}
+"""
+
+
+def own(folder, out="{'loss': loss, 'z': z}", normal="Normalize()", hook="", name=None):
+    file = folder / "mine.py"
+    file.write_text(OWN.format(out=out, normal=normal, hook=hook, name=name or file))
+    return resolve(f"{file}:Mine")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"out": "loss"}, "forward gives a Tensor; it must return a dict of tensors with a scalar 'loss'"),
+    ({"out": "None"}, "forward gives a NoneType"), ({"out": "{'lass': loss}"}, "forward gives no 'loss', only lass"),
+    ({"out": "{'loss': z.square()}"}, r"a loss of shape \(4, 64\)"),
+    ({"out": "{'loss': loss, 'step': 3.0}"}, "forward gives step, which is no tensor"),
+    ({"out": "{'loss': loss.item()}"}, "forward gives loss, which is no tensor"),
+    ({"out": "{'loss': loss.detach()}"}, "a loss without a gradient"),
+    ({"out": "{'loss': troch.zeros(())}"}, "failed in .*mine.py, line 17 .NameError: name 'troch'"),
+    ({"out": "{'loss': nn.Linear(7, 1)(z).mean()}"}, "shapes cannot be multiplied"),
+    ({"hook": "    def after_step(self): pass"}, "after_step too many positional arguments; see the hooks"),
+    ({"normal": "Normalize((0, 0, 0), (1, 1, 1))"}, "its first view is normalised by .*end the view with that")])
+def test_a_method_of_ones_own_is_tried_before_its_run_has_a_directory(tmp_path, monkeypatch, changes, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=words):
+        prepare(own(tmp_path, **changes))
+    assert not (tmp_path / "runs").exists()
+    prepare(own(tmp_path))
+    prepare(own(tmp_path, "{'loss': self.ready(z)}", hook="    def before_train(self, run): self.ready = torch.sum"),
+            out="with a hook")
+
+
+def test_a_file_is_the_same_from_another_folder_and_a_changed_one_is_told(tmp_path, monkeypatch, capsys):
+    own(tmp_path, name="mine.py")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    recipe = resolve("../mine.py:Mine")
+    assert recipe.method == "../mine.py:Mine" and recipe.build()
+    run = pretrain(recipe, out="run")
+    own(tmp_path, "{'loss': 2 * loss}", name="mine.py")
+    assert "has changed since" not in capsys.readouterr().out
+    assert pretrain(resolve("../mine.py:Mine"), out="run").path == run.path
+    assert "But the file of ../mine.py:Mine has changed since: resume=False trains anew" in capsys.readouterr().out
+    for text, words in (("RECIPES = 3\nclass Mine: pass", "RECIPES of .* is a int; write RECIPES = {"),
+                        ("from .base import Method", "import from the package, as in")):
+        (tmp_path / "mine.py").write_text(text)
+        with pytest.raises(InputError, match=words):
+            resolve("../mine.py:Mine")
+    with pytest.raises(InputError, match="say which class of the file, as in '../mine.py:MyMethod'"):
+        resolve("../mine.py")

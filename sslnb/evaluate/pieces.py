@@ -44,7 +44,7 @@ class Job:
 
 
 def features_by_pieces(source: Source, network: nn.Module, images: Images, size: int, seed: int, folder: Path,
-                       processes: int) -> Features:
+                       processes: int, device: str = "auto") -> Features:
     """Features of all images, in their order. Pieces lie in `folder`/features/…, the same for the same job.
 
     `network`: the source's, or one like it with weights of its own, which are handed over in a file.
@@ -65,7 +65,7 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     write_atomic(place / "job.json", said)
     pieces = [_piece(place, n) for n in range(_count(job, images))]
     if not all(piece.exists() for piece in pieces):
-        _start(place, min(processes, len(pieces)))
+        _start(place, min(processes, len(pieces)), device)
     return joined(images, map(_read, pieces), len(images))
 
 
@@ -76,13 +76,13 @@ def _read(piece: Path) -> tuple[Tensor, list[int], list[str]]:
     return part["x"], part["index"].tolist(), json.loads(piece.with_suffix(".json").read_text())
 
 
-def _start(place: Path, processes: int) -> None:
+def _start(place: Path, processes: int, device: str = "auto") -> None:
     """All processes of this machine, each with a GPU of its own if there are any."""
     visible, count, children = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), []
     gpus = visible.split(",") if visible else [str(n) for n in range(count)]  # on a shared machine not all are ours
     for rank in range(processes):
         own = {"CUDA_VISIBLE_DEVICES": gpus[rank % len(gpus)]} if count else {}
-        command = [sys.executable, "-m", "sslnb.evaluate.pieces", str(place), str(rank), str(processes)]
+        command = [sys.executable, "-m", "sslnb.evaluate.pieces", str(place), str(rank), str(processes), device]
         children.append(subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True))
     try:
         errors = [child.communicate()[1] for child in children]
@@ -97,7 +97,7 @@ def _start(place: Path, processes: int) -> None:
                                f"done lies in {place}; the same command continues.")
 
 
-def compute(place: Path, rank: int, processes: int) -> None:
+def compute(place: Path, rank: int, processes: int, device: str) -> None:
     """The pieces of one process that are not there yet."""
     from safetensors.torch import load_file
 
@@ -113,7 +113,7 @@ def compute(place: Path, rank: int, processes: int) -> None:
     network.load_state_dict(load_file(place / "weights.safetensors"))
     for n in mine:
         part = images.subset(range(n * job.piece, min(len(images), (n + 1) * job.piece)))
-        found = extract(network, part, size=job.size, pool=job.pool, device="auto",
+        found = extract(network, part, size=job.size, pool=job.pool, device=device,
                         workers=loader_workers("auto", part, processes))
         write_atomic(_piece(place, n).with_suffix(".json"), json.dumps(found.broken))
         # Last: a piece that is there is whole.
@@ -129,4 +129,4 @@ def _piece(place: Path, n: int) -> Path:
 
 
 if __name__ == "__main__":
-    compute(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    compute(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

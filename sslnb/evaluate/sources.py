@@ -1,5 +1,6 @@
 """What can be evaluated: a run, the path of one, a file of weights, a name of the zoo or of timm; and its rivals."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -106,7 +107,11 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
 def _from_run(run, seed: int) -> Source:
     from ..zoo.networks import resized
 
-    recipe, name, progress = run.recipe, Path(run.path).name, run.progress()
+    recipe, name, progress, early = run.recipe, Path(run.path).name, run.progress(), None
+    while progress and early is None:  # it may go on training: step and weights must be those of one moment
+        early, before = run.backbone(), progress
+        if (progress := run.progress()) != before:
+            early = None
     if progress:
         print(f"{name} is not done: its weights are those of step {progress['step']} of {progress['total']}, and its "
               "rows say so.")
@@ -115,7 +120,7 @@ def _from_run(run, seed: int) -> Source:
         return backbone if size == recipe.size else resized(backbone, recipe.backbone, recipe.backbone_numbers, size)[0]
 
     # Fresh weights come from the method: MAE, for one, initialises its ViT in its own way.
-    return Source(name, lambda size: at(size, run.backbone()),
+    return Source(name, lambda size: at(size, copy.deepcopy(early) or run.backbone()),
                   _seeded(seed, lambda size: at(size, recipe.build().backbone)), recipe.size, recipe.data,
                   Path(run.path), recipe.pool, recipe.backbone, recipe.backbone_numbers, origin=str(run.path),
                   progress=progress)
@@ -152,7 +157,7 @@ def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: 
         from .pieces import features_by_pieces
 
         return partial(features_by_pieces, who, size=size, seed=seed, folder=folder or Path("runs"),
-                       processes=processes) if processes > 1 else None
+                       processes=processes, device="cpu" if str(device) == "cpu" else "auto") if processes > 1 else None
 
     yield Subject(source.name, source.backbone(size), **inputs, parallel=by(source))
     if baselines:

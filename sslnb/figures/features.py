@@ -15,7 +15,7 @@ NAMED = 20  # so many classes fit into a legend; the thousand of ImageNet would 
 def neighbours(images, features: Tensor, queries: Sequence[int], k: int = 8) -> Figure:
     """For each query its nearest images by cosine; the title of a neighbour is its similarity."""
     z = torch.nn.functional.normalize(features, dim=1)
-    similarity, index = (z[list(queries)] @ z.T).topk(k + 1)
+    similarity, index = (z[[q for q in queries if q < len(z)]] @ z.T).topk(min(k + 1, len(z)))
     rows = [[images[int(j)] for j in row] for row in index]
     return grid(rows, title="Query (left) and its nearest neighbours in feature space",
                 column_names=["query", *(f"{i}." for i in range(1, k + 1))])

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError, unknown
@@ -40,16 +41,22 @@ def get(name: str) -> type[Method]:
 def recipes(name: str) -> dict:
     """The recipes of a method, "demo" first. A file of two methods holds one dictionary for each."""
     found = _module(name).RECIPES
-    found = found.get(name, found)
+    if not isinstance(found, dict):
+        raise InputError(f"RECIPES of {name} is a {type(found).__name__}; write RECIPES = {{\"demo\": …}}.")
+    found = next((of for key, of in found.items() if Path(key).name == Path(name).name), found)
     if ":" in name:  # a copy of our file may still name our class, which would be trained in its place
         for key, recipe in found.items():
             if not _same_class(recipe.method, name):
                 raise InputError(f"Recipe {key!r} of {name} names another method, {recipe.method!r}; write "
-                                 f"method={name!r} in it.")
+                                 f"method={name!r} in it, or for two methods in one file RECIPES = {{{name!r}: {{…}}, "
+                                 "…} with a dictionary for each.")
+        found = {key: replace(recipe, method=name) for key, recipe in found.items()}  # as it is reached from here
     return found
 
 
 def _same_class(one: str, other: str) -> bool:
+    if ":" in one and Path(one).name == Path(other).name:
+        return True
     try:
         return get(one) is get(other)
     except InputError:  # one is no method at all
@@ -58,6 +65,8 @@ def _same_class(one: str, other: str) -> bool:
 
 def _module(name: str):
     if ":" not in name:
+        if name.endswith(".py"):
+            raise InputError(f"Method {name!r}: say which class of the file, as in '{name}:MyMethod'.")
         if name not in METHODS:
             unknown("method", name, METHODS)
         return importlib.import_module("." + METHODS[name].partition(":")[0], __name__)
@@ -74,7 +83,13 @@ def _module(name: str):
     else:  # the time of change is in the key, so an edited cell (%%writefile) is read again
         spec = importlib.util.spec_from_file_location(key, path)
         module = sys.modules[key] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            if "relative import" in str(error):
+                raise InputError(f"{path}: {error}; import from the package, as in `from sslnb.methods.base import "
+                                 "Method`.") from error
+            raise
     for needed in (cls, "RECIPES"):
         if not hasattr(module, needed):
             raise InputError(f"Method {name!r}: {place} defines no {needed}.")
