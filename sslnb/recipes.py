@@ -81,7 +81,7 @@ class Recipe:
         limits.check_ours(self.method, self.numbers)
         for name in ("numbers", "backbone_numbers", "sources", "published"):  # a frozen object must not change inside
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
-        if self.warmup_epochs > self.epochs:
+        if self.warmup_epochs >= self.epochs:
             # A short trial of a long recipe: keep the shape instead of training inside the warm-up only.
             object.__setattr__(self, "warmup_epochs", self.epochs / 10)
         if self.min_lr > self.lr > 0:

@@ -18,7 +18,8 @@ BATCH, CHUNK = 24, 8
 
 def built(name, backbone="vit_mini"):
     torch.manual_seed(0)
-    method = methods.recipes(name)["demo"].with_(backbone=backbone, size=28).build().train()
+    sizes = {"backbone_numbers": {"dynamic_img_size": True}} if (name, backbone) == ("swav", "vit_mini") else {}
+    method = methods.recipes(name)["demo"].with_(backbone=backbone, size=28, **sizes).build().train()
     return method, [torch.randn(BATCH, 3, 28, 28) for _ in method.views(28).views]
 
 

@@ -870,7 +870,7 @@ def test_images_that_no_other_process_can_load_are_refused(tmp_path):
 
 def test_a_process_that_fails_is_told_with_its_reason(tmp_path):
     gone = open_source("nowhere/run", 0)
-    with pytest.raises(RuntimeError, match="ended with code 1: .*backbone 'nowhere/run'"):
+    with pytest.raises(RuntimeError, match="ended with code 1: .*no run directory or file 'nowhere/run'"):
         pieces.features_by_pieces(gone, nn.Linear(1, 1), data.load("digits_scattered", "test"), 20, 0, tmp_path, 1)
 
 

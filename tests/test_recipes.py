@@ -378,7 +378,7 @@ def test_imagenet_below_the_home_folder_is_imagenet(tmp_path, monkeypatch):
     assert is_imagenet("~/imagenet") and resolve("byol", data="~/imagenet").backbone == "resnet50"
 
 
-OWN = """
+THEIRS = """
 import torch
 from torch import nn
 from sslnb.methods.base import Method
@@ -403,7 +403,7 @@ RECIPES = {{"demo": Recipe(method="{name}:Mine", backbone="resnet_mini", size=20
 
 def own(folder, out="{'loss': loss, 'z': z}", normal="Normalize()", hook="", name=None):
     file = folder / "mine.py"
-    file.write_text(OWN.format(out=out, normal=normal, hook=hook, name=name or file))
+    file.write_text(THEIRS.format(out=out, normal=normal, hook=hook, name=name or file))
     return resolve(f"{file}:Mine")
 
 

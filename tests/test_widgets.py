@@ -255,12 +255,16 @@ def test_curves_of_one_and_of_two_runs(runs):
     assert len({(line.get_color(), line.get_linestyle()) for line in two.axes[0].lines}) == 2
 
 
-def test_the_collapse_panel_draws_five_values_and_says_a_sentence(runs, capsys):
+def test_the_collapse_panel_draws_five_values_or_six_and_says_a_sentence(runs, capsys):
     fig = figures.collapse_panel(runs["simclr"])
     said = capsys.readouterr().out
-    assert len(fig.axes) == 5 and len(said.split()) > 3
+    assert len(fig.axes) == 6 and len(said.split()) > 3 and len(figures.collapse_panel(runs["mae"]).axes) == 5
+    rows = runs["simclr"].history("step")
+    assert fig.axes[5].lines[0].get_ydata().tolist() == [row["output_std"] for row in rows]
     assert all(len(ax.lines[0].get_xdata()) >= 2 for ax in fig.axes)
+    capsys.readouterr()
     both = figures.collapse_panel(runs)
+    assert [text.get_text() for text in both.legends[0].texts] == list(runs)
     assert "simclr: " in (said := capsys.readouterr().out) and "mae: " in said and len(both.axes[0].lines) == 2
 
 

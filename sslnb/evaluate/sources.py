@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import InputError
 from .features import Features, calibrated, extract, raw_pixels, the_device
 
+WEIGHTS = (".pth", ".pt", ".safetensors", ".pkl", ".tar", ".bin")  # no name of a network ends so
 LARGEST_SIZE = 224  # where nothing says the size: that of the images, but not more than this
 
 
@@ -92,7 +93,7 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
         return _from_file(source, seed, backbone, numbers)
     if isinstance(source, str | Path):
         if not Path(source).is_dir():
-            if isinstance(source, Path) or source.startswith((".", "/", "~")):
+            if isinstance(source, Path) or "/" in source.partition(":")[0] or source.endswith(WEIGHTS):
                 raise InputError(f"There is no run directory or file {str(source)!r}: give one that exists, or a timm "
                                  "name.")
             build = _seeded(seed, lambda size: backbones.build(source, size))

@@ -18,35 +18,40 @@ def curves(runs: Mapping[str, object], value: str = "loss", title: str = "") -> 
     ax.set(xlabel="epoch", ylabel=value)
     ax.grid(alpha=0.3)
     if len(runs) > 1:
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the curves, not on them
     return fig
 PANEL = {"knn": ("kNN (%)", "higher is better"), "feature_std": ("feature std", "near 0: all images alike"),
          "effective_rank": ("effective rank", "low: few directions used"),
          "alignment": ("alignment", "low: views of an image agree"),
          "uniformity": ("uniformity", "low: images spread out")}
+OUTPUTS = {"output_std": ("output std", "near 0: all outputs alike")}
 
 
 def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
-    """Is it learning or collapsing? kNN, std, rank, alignment and uniformity over epochs, and a plain sentence."""
+    """Is it learning or collapsing? kNN, std, rank, alignment and uniformity over epochs, and a plain sentence; of a
+    method that compares outputs also their std in the training batches, where a collapse shows first."""
     from ..evaluate.collapse import diagnose
 
     runs = runs if isinstance(runs, Mapping) else {"": runs}
-    fig, (axes,) = panels(1, len(PANEL), 11, 2.5)
+    outputs = any("output_std" in row for run in runs.values() for row in run.history("step"))
+    shown = PANEL | (OUTPUTS if outputs else {})
+    fig, (axes,) = panels(1, len(shown), 11 + 2 * outputs, 2.5 + 0.3 * (len(runs) > 1))
     for i, (name, run) in enumerate(runs.items()):
         history = run.history("monitor")
         losses = run.history("step")
         if losses:  # the verdict wants to know whether the loss fell
             history = [{**losses[0], **history[0]}, *history[1:-1], {**losses[-1], **history[-1]}]
         print(f"{name}: {diagnose(history)}" if name else diagnose(history))
-        for ax, (key, (label, hint)) in zip(axes, PANEL.items(), strict=True):
-            rows = [row for row in history if key in row]
+        for ax, (key, (label, hint)) in zip(axes, shown.items(), strict=True):
+            rows = [row for row in (losses if key in OUTPUTS else history) if key in row]
             ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=COLORS[i % 8], ls=STYLES[i % 4],
-                    marker="o", ms=3, label=name)
+                    marker="" if key in OUTPUTS else "o", ms=3, label=name)
             ax.set_title(f"{label}\n{hint}", fontsize=9)
             ax.set_xlabel("epoch", fontsize=9)
             ax.grid(alpha=0.3)
     if len(runs) > 1:
-        axes[0].legend(frameon=False, fontsize=8)
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(runs)),
+                   frameon=False, fontsize=8)
     return fig
 
 
