@@ -138,7 +138,7 @@ def test_one_of_many_processes_has_its_share_of_the_cores(tiny, folder, monkeypa
 
     for module in (train, deepcluster):
         monkeypatch.setattr(module, "loader_workers", noted(module.loader_workers))
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     step = train.Trainer._step
     monkeypatch.setattr(train.Trainer, "_step", lambda *a: (threads.append(torch.get_num_threads()), step(*a))[1])

@@ -253,7 +253,7 @@ def test_restarts_over_machines_need_a_store_that_is_new_each_time(monkeypatch):
 
 def test_cores_are_shared_by_the_processes_of_a_machine_alone(monkeypatch):
     images = data.Images("files", "train", ["x.png"], root=Path("."))
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS")
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
