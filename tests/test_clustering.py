@@ -192,3 +192,12 @@ def test_shared_rows_give_the_clusters_of_all_rows(tmp_path, world):
     assert all(torch.equal(c, parts[0][1]) for _, c, _ in parts)
     assert torch.allclose(parts[0][1] @ parts[0][1].T, centroids @ centroids.T, atol=1e-4)
     assert torch.equal(torch.cat([y for _, _, y in parts]), labels)
+
+
+def test_clusters_come_mixed():
+    from sslnb.clustering import evenly
+
+    labels = torch.arange(1000) // 100
+    drawn = labels[evenly(labels, seed=0)]
+    batches = drawn[:992].view(31, 32)
+    assert all(len(batch.unique()) > 5 for batch in batches), "not one cluster after the other"

@@ -869,3 +869,30 @@ def test_two_processes_find_the_images_of_both(layouts, tmp_path, monkeypatch):
     method = run.method()
     alone = [d for i in range(len(images)) for d in method.detect(images, i, method.views(128)([images[i]])[0][0])]
     assert sorted(d["score"] for d in alone) == pytest.approx(sorted(d["score"] for d in found), abs=1e-3)
+
+
+def test_classes_of_the_same_number_but_other_names_are_refused(monkeypatch):
+    from sslnb.evaluate.detection import DETECTION
+    from sslnb.methods import get
+
+    recipe = DETECTION["detect_demo"]
+    load_ = type(recipe).load
+    def loaded(self, split="train"):
+        images = load_(self, split)
+        images.classes = images.classes if split == "train" else images.classes[::-1]
+        return images
+    monkeypatch.setattr(type(recipe), "load", loaded)
+    with pytest.raises(InputError, match="both must have the same"):
+        get(recipe.method).fitted(recipe)
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_detectors_flips_are_as_likely_as_the_recipe_says(flip, monkeypatch):
+    from sslnb.evaluate.detection import DETECTION, Detector
+
+    recipe, turned = DETECTION["detect_demo"].with_(flip=flip), []
+    method, flipped = recipe.build(), Detector.flipped
+    monkeypatch.setattr(Detector, "flipped", staticmethod(lambda *one: turned.append(1) or flipped(*one)))
+    method.images = recipe.load()
+    method(method.views(128)([method.images[i] for i in range(3)]), torch.arange(3))
+    assert len(turned) == 3 * flip

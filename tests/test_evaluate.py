@@ -17,7 +17,7 @@ from conftest import measured
 from PIL import Image
 from torch import nn
 
-from sslnb import backbones, data, methods, pretrain
+from sslnb import backbones, data, methods, prepare, pretrain
 from sslnb.errors import InputError
 from sslnb.evaluate import PROTOCOLS, Outcome, Subject, evaluate, few_labels, interval, mean_interval, pieces, table
 from sslnb.evaluate.collapse import alignment, diagnose, effective_rank, feature_std, panel, uniformity
@@ -920,3 +920,54 @@ def test_what_evaluation_cannot_do_is_said_before_features_are_computed(tmp_path
     monkeypatch.setattr(Subject, "features", None)
     with pytest.raises(InputError, match=words):
         evaluate("resnet_mini", "digits_scattered", **changes)
+
+
+def test_the_rival_of_a_source_has_its_branches_switched_on(stripes=None):
+    from sslnb.evaluate.sources import open_source
+
+    images = data.load("digits").subset(range(40))
+    rival = open_source("resnet18", seed=0).rival(images, 8, seed=0, device="cpu")
+    norms = [m for name, m in rival.named_modules() if name.endswith("bn2")]
+    assert len(norms) == 8 and all((m.weight == 1).all() for m in norms)
+
+
+def test_other_labelled_images_are_drawn_by_another_seed(monkeypatch):
+    from sslnb import backbones
+    from sslnb.evaluate import Subject, few_labels
+
+    asked, images = [], data.load("digits").subset(range(400))
+    pixels = few_labels._pixels
+    monkeypatch.setattr(few_labels, "_pixels", lambda s, i, rows: asked.append(rows) or pixels(s, i, rows))
+    subject = Subject("mini", backbones.build("resnet_mini", 8), 8)
+    for seed in (0, 1):
+        few_labels.few_labels(subject, images, images.subset(range(5)), seed=seed, steps=1)
+    assert set(asked[0]) != set(asked[3]), "fitted on the same images"
+    assert not set(asked[0]) & set(asked[1])
+
+
+def test_fresh_weights_of_a_run_are_the_methods(tiny, tmp_path):
+    from sslnb.evaluate.sources import open_source
+
+    run = prepare(tiny("mae"), out=tmp_path / "run")
+    fresh = open_source(run, seed=4).fresh(20).state_dict()
+    torch.manual_seed(4)
+    assert all(torch.equal(v, fresh[k]) for k, v in run.recipe.build().backbone.state_dict().items())
+
+
+def test_a_row_stands_once_beside_its_source_and_has_the_callers_seed(source):
+    from sslnb.evaluate import evaluate
+
+    before = len(source.results())
+    evaluate(source, protocols=["linear_demo"], epochs=1, seed=2)
+    rows = source.results()[before:]
+    assert len(rows) == 1 and rows[0]["seed"] == 2
+
+
+def test_few_labels_get_the_callers_seed(monkeypatch):
+    from sslnb.evaluate import evaluate, few_labels
+
+    seeds, images = [], data.load("digits").subset(range(300))
+    whole = few_labels.few_labels
+    monkeypatch.setattr(few_labels, "few_labels", lambda *args: seeds.append(args[3]) or whole(*args))
+    evaluate("resnet_mini", (images, images.subset(range(9))), ["few_labels"], size=8, steps=1, seed=5)
+    assert set(seeds) == {5}

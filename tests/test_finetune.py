@@ -718,3 +718,12 @@ def test_bad_input_is_refused_before_any_work(source, tmp_path, changes, message
 def test_a_transformers_protocol_refuses_a_network_without_relative_positions(source, tmp_path):
     with pytest.raises(InputError, match="resnet_mini cannot be built as this protocol wants it .*use_rel_pos_bias"):
         train_protocol(source, "finetune_cae", out=tmp_path / "run")
+
+
+def test_repeated_images_are_dealt_by_the_runs_batch(tiny, tmp_path):
+    from sslnb.evaluate.finetune import FINETUNE
+
+    recipe = FINETUNE["finetune_demo"].with_(data="few_digits", batch=26, repeats=3, classes=10)
+    method = recipe.build()
+    method.before_train(SimpleNamespace(recipe=recipe))
+    assert method.batch == 26

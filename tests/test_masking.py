@@ -227,3 +227,12 @@ def test_mae_takes_networks_without_biases_and_the_norm_before_the_blocks():
 def test_transformers_in_which_a_patch_would_lose_its_place_are_refused(name, backbone, numbers, words):
     with pytest.raises(InputError, match=f"{name} .*{words}"):
         methods.recipes(name)["demo"].with_(backbone=backbone, backbone_numbers=numbers).build()
+
+
+def test_the_decoder_knows_where_its_holes_are():
+    torch.manual_seed(0)
+    decoder = methods.recipes("mae")["demo"].build().eval().decoder
+    latent, restore = torch.randn(1, 1 + 12, 64), torch.arange(49)[None]
+    with torch.no_grad():
+        painted = decoder(latent, restore)[0, 12:]
+    assert (painted - painted[0]).abs().max() > 1e-3, "every hole gets the same patch"

@@ -141,3 +141,17 @@ def test_byols_target_keeps_its_own_statistics_and_uses_the_batch():
     online, target = dict(method.backbone.named_buffers()), dict(method.target[0].named_buffers())
     name = next(n for n in online if n.endswith("running_mean"))
     assert target[name].abs().sum() > 0 and target[name].data_ptr() != online[name].data_ptr()
+
+
+def test_byols_predictor_is_faster_and_both_parts_of_the_target_move_alike():
+    recipe = methods.recipes("byol")["demo"]
+    method = recipe.build()
+    fast = {id(p) for g in method.param_groups(recipe) if g.get("lr_scale") == 10 for p in g["params"]}
+    assert fast == {id(p) for p in method.predictor.parameters()}
+    with torch.no_grad():
+        for p in [*method.backbone.parameters(), *method.projector.parameters()]:
+            p.add_(1.0)
+    before = [p.clone() for p in method.target.parameters()]
+    method.after_step(0.5)  # m = 1 - 0.3 / 2
+    assert all(torch.allclose(b - a, torch.tensor(0.15), atol=1e-5)
+               for a, b in zip(before, method.target.parameters(), strict=True))

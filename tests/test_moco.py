@@ -326,3 +326,14 @@ def test_norms_with_an_activation_keep_it(name, change):
     assert torch.allclose(copied(x), before, atol=1e-5)
     if change.__code__.co_names[0] == "split_batchnorm":
         assert torch.isfinite(changed.train()(x)).all()
+
+
+@pytest.mark.parametrize("name", ["mocov1", "mocov2", "densecl", "npid"])
+def test_weight_decay_reaches_every_tensor(name):
+    from sslnb import optim
+
+    recipe = methods.recipes(name)["demo"]
+    method = recipe.build()
+    groups = optim.build(method.param_groups(recipe), recipe).param_groups
+    assert all(g["weight_decay"] == recipe.weight_decay > 0 for g in groups)
+    assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in method.parameters())

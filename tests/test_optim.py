@@ -113,3 +113,16 @@ def test_all_weights_at_once_take_the_same_steps(optimizer, numbers, monkeypatch
     assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in zip(resumed, expected, strict=True))
     net = convolutions()
     assert all(a.equal(b) for a, b in zip(resumed, take_steps(net, built(net), range(4)), strict=True))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw", "lamb"])
+def test_an_optimizer_has_all_numbers_of_its_recipe(tiny, name):
+    from sslnb import optim
+
+    recipe = tiny(optimizer=name, lr=0.1, weight_decay=0.03, sgd_momentum=0.8, betas=(0.8, 0.95))
+    (group,) = optim.build([{"params": [torch.nn.Parameter(torch.ones(3, 3))]}], recipe).param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0.03)
+    if name in ("adamw", "lamb"):
+        assert tuple(group["betas"]) == (0.8, 0.95) and group.get("max_grad_norm") is None
+    else:
+        assert group.get("sgd_momentum", group.get("momentum")) == 0.8

@@ -446,3 +446,11 @@ def test_a_file_is_the_same_from_another_folder_and_a_changed_one_is_told(tmp_pa
             resolve("../mine.py:Mine")
     with pytest.raises(InputError, match="say which class of the file, as in '../mine.py:MyMethod'"):
         resolve("../mine.py")
+
+
+def test_the_rows_of_byol_and_cae_are_the_codes():
+    byol = [r for k, r in methods.recipes("byol").items() if k != "demo"]
+    assert {(r.total_batch, r.lr, r.weight_decay, r.warmup_epochs, r.numbers["momentum"]) for r in byol} == {
+        (4096, 4.8, 1e-6, 10, 0.99)}
+    cae = methods.recipes("cae")["vit_base_sz224_8xb64_accu4_cos_fp16_ep300"]
+    assert (cae.numbers["mask_ratio"], cae.numbers["neck_drop_path"]) == (0.383, 0.0)

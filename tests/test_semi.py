@@ -89,3 +89,12 @@ def test_a_missing_list_is_named_before_any_work(tmp_path, source):
     with pytest.raises(InputError, match="1percent.txt cannot be read as a list file"):
         semi_supervised(source, "semi_demo", out=tmp_path / "run", fraction="1percent.txt", **SHORT)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_semi_supervised_run_that_counts_has_the_callers_seed(source, tmp_path):
+    from sslnb.evaluate import semi_supervised
+
+    row = semi_supervised(source, "semi_demo", out=tmp_path / "run", lrs=(0.01,), head_lrs=(1.0,), seed=3, steps=2,
+                          milestones=(1,), batch=8)
+    tried = Run.open(tmp_path / "run" / "lr0.01_head1")
+    assert Run.open(row["run"]).seed == tried.seed == row["seed"] == 3

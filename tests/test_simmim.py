@@ -1,14 +1,16 @@
 """SimMIM: the loss by hand, squares with exact counts, what they must not tell, the real models, the zoo's rows."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import HALVES, ten_steps
 from torch import nn
 
-from sslnb import methods, optim
+from sslnb import load, methods, optim
 from sslnb.backbones import MINI, last_map
 from sslnb.errors import InputError
 from sslnb.masking import unit_mask, upsample_mask
@@ -333,3 +335,35 @@ def test_the_method_is_found_by_its_name():
 @every_backbone
 def test_ten_steps_in_sixteen_bits_are_finite(name, images, half):
     ten_steps(build(name), [images], half)
+
+
+def untrained(name, **changes):
+    torch.manual_seed(0)
+    recipe = methods.recipes(name)["demo"].with_(**changes)
+    method = recipe.build().eval()
+    return SimpleNamespace(recipe=recipe, method=lambda: method)
+
+
+def test_decibels_are_of_all_removed_numbers():
+    from sslnb.evaluate.reconstruction import masked_psnr
+    from sslnb.masking import upsample_mask
+    from sslnb.views import Normalize
+
+    run, images = untrained("simmim"), load("fashion_small")
+    found, method = masked_psnr(run, images, limit=3, seed=2), run.method()
+    rows = (0, len(images) // 3, 2 * len(images) // 3)
+    truth = torch.stack([torch.from_numpy(np.array(images[i])).permute(2, 0, 1) / 255 for i in rows])
+    x = Normalize().apply(truth)
+    hole = upsample_mask(method.draw_mask(3, torch.Generator().manual_seed(2)), method.patch).bool().expand_as(x)
+    mask = method.draw_mask(3, torch.Generator().manual_seed(2))
+    painted = Normalize().undo(method.reconstruct(x, mask).detach())
+    mean = torch.stack([t[:, ~h[0]].mean(1) for t, h in zip(truth, hole)])[:, :, None, None].expand_as(x)
+    db = [-10 * torch.log10(((y - truth)[hole] ** 2).mean()).item() for y in (painted, mean)]
+    assert (found.model, found.baseline, found.n) == (pytest.approx(db[0], abs=1e-3), pytest.approx(db[1], abs=1e-3), 3)
+
+
+def test_what_is_borrowed_from_the_truth_has_no_decibels():
+    from sslnb.evaluate.reconstruction import masked_psnr
+
+    with pytest.raises(InputError, match="brightness and contrast of each patch are taken from the hidden truth"):
+        masked_psnr(untrained("mae", norm_pix=True), load("fashion_small"), limit=2)

@@ -609,3 +609,68 @@ def test_on_gpus_all_ask_together_and_soon_whether_to_stop(monkeypatch, seconds,
     assert not Trainer._told(trainer, SimpleNamespace(asked=False)) and trainer.look_at == 4 + steps
     trainer.step += 1
     assert Trainer._told(trainer, SimpleNamespace(asked=True))
+
+
+def test_the_monitor_measures_with_the_recipes_pool_and_leaves_each_image_out(tiny, tmp_path):
+    from sslnb.evaluate.collapse import panel
+    from sslnb.evaluate.features import extract
+    from sslnb.evaluate.knn import weighted_knn
+
+    run = pretrain(tiny("mae", epochs=1), out=tmp_path / "run")
+    assert run.recipe.pool == "mean"
+    f, row = extract(run.backbone(), run.recipe.load(), size=20, pool="mean"), run.history("monitor")[-1]
+    assert row["knn"] == weighted_knn(f.x, f.labels, f.x, f.labels, k=20, exclude_self=True).top1
+    assert row["effective_rank"] == pytest.approx(panel(f.x)["effective_rank"], rel=1e-4)
+
+
+def test_the_first_look_is_at_statistics_of_the_data(tiny, tmp_path):
+    from sslnb.evaluate.collapse import panel
+    from sslnb.evaluate.features import calibrated, extract
+
+    run = pretrain(tiny(epochs=1), out=tmp_path / "run")
+    torch.manual_seed(0)
+    images, fresh = run.recipe.load(), run.recipe.build().backbone
+    f = extract(calibrated(fresh, images, size=20), images, size=20)
+    assert run.history("monitor")[0]["effective_rank"] == pytest.approx(panel(f.x)["effective_rank"], rel=1e-4)
+
+
+def test_what_was_counted_before_a_stop_counts_at_the_end(tiny, tmp_path):
+    from sslnb.train import Trainer
+
+    run = prepare(tiny(), out=tmp_path / "run")
+    train_until(run, 2)
+    state = run.latest()
+    run.save_checkpoint({**state, "broken": [3], "skipped": 5})
+    run.write_status(seconds=1000.0)
+    trainer = Trainer(run)
+    trainer.close()
+    assert trainer.broken == {3} and trainer.skipped == 5
+    assert pretrain(tiny(), out=tmp_path / "run").status()["seconds"] > 1000
+
+
+def test_the_log_has_each_steps_rate_and_the_norm_before_clipping(tiny, tmp_path):
+    run = pretrain(tiny(clip=1e-3), out=tmp_path / "run")
+    per_epoch = run.status()["total"] // 2
+    for row in run.history():
+        assert row["lr"] == pytest.approx(run.recipe.lr_at(row["step"] - 1, per_epoch)) and row["grad_norm"] > 2e-3
+
+
+def test_the_seed_is_that_of_the_views_and_of_the_row(tiny, tmp_path):
+    from sslnb.evaluate.results import result_row
+    from sslnb.train import Trainer
+
+    trainer = Trainer(prepare(tiny(), out=tmp_path / "run", seed=3))
+    trainer.close()
+    assert trainer.sampler.seed == 3 and result_row("a", "b", "c", {}, 3)["seed"] == 3
+
+
+def test_all_micro_batches_of_a_bad_step_are_kept(tiny, tmp_path, monkeypatch):
+    from sslnb.errors import NonFinite
+
+    forward = methods.get("byol").forward
+    monkeypatch.setattr("sslnb.methods.byol.BYOL.forward", lambda self, views, index=None: {
+        **(out := forward(self, views, index)), "loss": out["loss"] * float("nan")})
+    with pytest.raises(NonFinite, match="step 0"):
+        pretrain(tiny("byol", batch=16, accum=2), out=tmp_path / "run")
+    saved = torch.load(next((tmp_path / "run").glob("nonfinite*")), weights_only=True)
+    assert [len(index) for index in saved["index"]] == [16, 16] and len(saved["views"]) == 2

@@ -10,11 +10,13 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+import sslnb
 from sslnb import Run, backbones, methods, pretrain
 from sslnb.errors import InputError
 from sslnb.evaluate import RECIPES, evaluate, train_protocol
 from sslnb.files import append_jsonl
 from sslnb.run import code_of
+from sslnb.views import IMAGENET_MEAN, IMAGENET_STD
 from sslnb.zoo.export import export, push, to_openmmlab
 from sslnb.zoo.published import BACKBONES, everything, executed, measured, published, side_by_side
 
@@ -56,6 +58,8 @@ def test_the_cards_own_line_and_the_hubs_way_give_the_same_network(tmp_path, mon
         expected = run.backbone()(x)
         assert torch.equal(eval(line, {"timm": timm}).eval()(x), expected)
         assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()(x), expected)
+    cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    assert (cfg["mean"], cfg["std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 def test_timm_loads_an_exported_vit_by_what_its_card_says(tmp_path):
@@ -274,3 +278,12 @@ def test_executed_notebooks_name_their_runs(tmp_path):
     book.metadata["papermill"] = {"parameters": {}}
     nbformat.write(book, tmp_path / "out.ipynb")
     assert executed(tmp_path) == {str(tmp_path / "out.ipynb"): ["runs/byol-ep3"]}
+
+
+def test_a_filtered_network_goes_out_by_our_builder(tmp_path):
+    recipe = methods.recipes("deepcluster")["demo"].with_(epochs=1, steps=1, data="few_digits", batch=16, clusters=4)
+    run = pretrain(recipe, out=tmp_path / "run")
+    card = (run.export() / "README.md").read_text()
+    assert json.loads((run.path / "export" / "config.json").read_text())["backbone_numbers"] == {"sobel": True}
+    (line,) = re.findall(r"sslnb.backbones.build\(.*\)", card)
+    eval(line, {"sslnb": sslnb}).load_state_dict(load_file(run.path / "export" / "model.safetensors"))
