@@ -67,16 +67,22 @@ def _own_step(recipe: Recipe, views: list[torch.Tensor]) -> None:
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(f"{name}: a step with {few} images failed in {at.filename}, line {at.lineno} "
                          f"({type(error).__name__}: {' '.join(str(error).split())}); mend it.") from error
-    wrong = {key: value for key, value in out.items() if not isinstance(value, torch.Tensor)} \
-        if isinstance(out, dict) else {}
-    loss = out.get("loss") if isinstance(out, dict) else None
-    if not isinstance(out, dict) or loss is None or wrong or loss.ndim or not loss.requires_grad:
-        found = f"a {type(out).__name__}" if not isinstance(out, dict) else \
-            f"no 'loss', only {', '.join(out) or 'nothing'}" if loss is None else \
-            f"{', '.join(wrong)}, which is no tensor" if wrong else \
-            f"a loss of shape {tuple(loss.shape)}" if loss.ndim else "a loss without a gradient"
+    if found := _wrong(out):
         raise InputError(f"{name}: forward gives {found}; it must return a dict of tensors with a scalar 'loss' that "
                          "can be differentiated.")
+
+
+def _wrong(out: object) -> str:
+    """What is wrong with the output of a method, in words; "" if nothing is."""
+    if not isinstance(out, dict):
+        return f"a {type(out).__name__}"
+    if "loss" not in out:
+        return f"no 'loss', only {', '.join(out) or 'nothing'}"
+    if others := [key for key, value in out.items() if not isinstance(value, torch.Tensor)]:
+        return f"{', '.join(others)}, which is no tensor"
+    if out["loss"].ndim:
+        return f"a loss of shape {tuple(out['loss'].shape)}"
+    return "" if out["loss"].requires_grad else "a loss without a gradient"
 
 
 def _numbers(recipe: Recipe) -> str:

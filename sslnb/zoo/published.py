@@ -15,9 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .. import methods
 from ..embedded import ASSETS
-from ..evaluate.protocol import Protocol
+from ..errors import InputError
 from ..run import Run, code_of, read_jsonl
 
 BACKBONES = {"ResNet-50": "resnet50", "ViT-Base": "vit_base_patch16_224", "ViT-Small": "vit_small_patch16_224",
@@ -93,7 +92,8 @@ def _judged(row: Mapping[str, Any], beside: Run | None) -> Run | None:
     place = Path(row["judged"]) if "judged" in row else None
     if place and (place / "recipe.json").exists():
         return Run(place)
-    return None if beside is None or issubclass(methods.get(beside.recipe.method), Protocol) else beside
+    protocol = beside is not None and beside.recipe.method.startswith("sslnb.evaluate.")
+    return None if protocol else beside
 
 
 def _of_run(run: Run, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +103,14 @@ def _of_run(run: Run, row: Mapping[str, Any]) -> dict[str, Any]:
             "epochs": recipe.epochs if done == 1 else round(done * recipe.epochs, 1),
             "batch": recipe.total_batch, "judged": str(run.path), "trained_seed": run.seed,
             "trained_as": recipe.to_json(), "baseline": row["source"] in BASELINES,
-            "stale": not trained or set(trained) != {code_of(recipe.method)}}
+            "stale": not trained or set(trained) != {_code(recipe.method)}}
+
+
+def _code(method: str) -> str:
+    try:
+        return code_of(method)
+    except InputError:  # a file of one's own, which is not here
+        return "gone"
 
 
 def executed(folder: str | Path) -> dict[str, list[str]]:
