@@ -25,7 +25,7 @@ def checksum(path: Path) -> str:
 @contextlib.contextmanager
 def drafted(path: Path) -> Iterator[Path]:
     """The file is whole or as it was before: the draft that is written here gets its name once it is on the disk."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")  # others may write the same file at the same time
+    draft = path.with_name(f".{path.name}.draft")
     try:
         yield draft
         with draft.open("rb") as file:

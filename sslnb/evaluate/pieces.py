@@ -62,7 +62,8 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     place = folder / "features" / hashlib.sha256(said.encode()).hexdigest()[:10]
     place.mkdir(parents=True, exist_ok=True)
     draft.replace(place / "weights.safetensors")
-    write_atomic(place / "job.json", said)
+    if not (place / "job.json").exists():  # another evaluation may be reading the same one
+        write_atomic(place / "job.json", said)
     pieces = [_piece(place, n) for n in range(_count(job, images))]
     if not all(piece.exists() for piece in pieces):
         _start(place, min(processes, len(pieces)), device)
