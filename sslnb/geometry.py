@@ -52,7 +52,7 @@ class RandomResizedCrop(ImageOp):
     def __call__(self, image: Image.Image | Tensor, rng: random.Random) -> Image.Image | Tensor:
         if isinstance(image, Tensor):
             left, top, right, bottom = self.box(image.shape[2], image.shape[1], rng)
-            box = image[None, :, top:bottom, left:right]  # it becomes Pillow's within 2 of 255, bicubic within 8
+            box = image[None, :, top:bottom, left:right]  # in photographs Pillow's within 2 of 255, bicubic 8
             return F.interpolate(box, (self.size, self.size), mode=self.interpolation, antialias=True)[0]
         # Cropped first: Pillow's resize(box=…) lets pixels from outside the box bleed in, torchvision's does not.
         cropped = image.crop(self.box(*image.size, rng))

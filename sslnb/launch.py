@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, NonFinite
 from .files import FULL, os_error
+from .parts import sum_over_processes
 from .run import Run, alive
 
 RESTARTS = 3
@@ -83,16 +84,9 @@ def uncompiled() -> Iterator[None]:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """True where any process says True, so that all of them stop at the same step."""
-    return total([float(flag)], device)[0] > 0
-
-
-def total(numbers: list[float], device: torch.device) -> list[float]:
-    """Sums over all processes."""
     if not dist.is_initialized():
-        return numbers
-    told = torch.tensor(numbers, device=device)
-    dist.all_reduce(told)
-    return told.tolist()
+        return flag
+    return bool(sum_over_processes(torch.tensor(float(flag), device=device)) > 0)
 
 
 def cores() -> int:

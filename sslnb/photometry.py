@@ -91,6 +91,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor | float, taps: int) -> Tensor:
     """Separable blur with its own σ per image; the borders are reflected."""
     sigma = np.asarray(sigma).reshape(-1, 1)
     reach = min(taps // 2, max(1, round(4 * float(sigma.max()))))  # what lies further away weighs < 1e-4 in all
+    reach = min(reach, min(x.shape[2:]) - 1)  # as far as borders can be reflected
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
     padded = F.pad(x, [reach] * 4, mode="reflect")
@@ -99,7 +100,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor | float, taps: int) -> Tensor:
 
 def _banded(x: Tensor, kernel: np.ndarray, block: int = 16) -> Tensor:
     """Along rows and then columns, products of windows with a band matrix, which has the kernel once for each of the
-    `block` numbers that a window gives: the fastest way on a CPU.
+    `block` numbers that a window gives: the fastest way for large images on a CPU.
 
     x (B, C, H + 2 reach, W + 2 reach), kernel (B, 1 + 2 reach) -> (B, C, H, W).
     """

@@ -22,6 +22,7 @@ from .chunks import in_chunks
 from .errors import InputError
 from .evaluate.collapse import output_std
 from .monitor import FiniteWatch, Meter, Monitor
+from .parts import sum_over_processes
 from .reading import EpochSampler, ViewSet, image_loader, loader_workers, next_batch
 from .recipes import Recipe
 from .run import Run, code_changed, code_of
@@ -161,13 +162,16 @@ class Trainer:
         self._finish(start)
 
     def _told(self, stop: launch.Stop) -> bool:
-        """Whether any process was told to stop. When they ask next all agree too: after some seconds, for on a GPU
-        asking waits for the device, but whoever stops us does not wait for long."""
+        """Whether any process was told to stop. When several ask next they agree on too: on GPUs after some seconds,
+        for asking waits for the device, but whoever stops us does not wait for long."""
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return stop.asked
         (step, moment), self.looked = self.looked, (self.step, time.monotonic())
-        told, seconds = launch.total([float(stop.asked), self.looked[1] - moment], self.device)
-        processes, steps = self.accelerator.num_processes, self.step - step
-        soon = int(LOOK * processes * steps / max(seconds, 1e-3))  # so many steps take so long
-        self.look_at = self.step + (max(1, min(self.log_every, soon)) if self.cuda and processes > 1 else 1)
+        ours = torch.tensor([float(stop.asked), self.looked[1] - moment], device=self.device)
+        told, seconds = sum_over_processes(ours).tolist()
+        soon = int(LOOK * processes * (self.step - step) / max(seconds, 1e-3))  # so many steps take so long
+        self.look_at = self.step + (max(1, min(self.log_every, soon)) if self.cuda else 1)
         return told > 0
 
     def _logged(self, step: int) -> bool:

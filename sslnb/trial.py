@@ -41,14 +41,14 @@ def try_out(recipe: Recipe, total: int) -> None:
         if method.monitored:
             _step(method, recipe, views)
             if ":" in recipe.method and not recipe.method.startswith("sslnb."):
-                _own_step(recipe, views)
+                _own_forward(recipe, views)
     if recipe.pool != "model" and not hasattr(method.backbone, "num_prefix_tokens"):
         raise InputError(f"pool {recipe.pool!r} is impossible for {recipe.backbone}, which has no tokens: use 'model'.")
 
 
-def _own_step(recipe: Recipe, views: list[torch.Tensor]) -> None:
-    """A real step, on the CPU and a few images of noise, of a method of the user's own: what `forward` must give, and
-    that its hooks can be called. One whose hooks prepare something before the first step is taken on trust."""
+def _own_forward(recipe: Recipe, views: list[torch.Tensor]) -> None:
+    """Forward with real numbers, on the CPU and a few images of noise, of a method of the user's own: whether it gives
+    what it must, and whether its hooks can be called. One whose hooks prepare something first is taken on trust."""
     kind, name = methods.get(recipe.method), recipe.method
     for hook, given in (("before_train", 1), ("before_epoch", 2), ("before_step", 1), ("after_step", 1),
                         ("after_epoch", 2)):
@@ -65,7 +65,7 @@ def _own_step(recipe: Recipe, views: list[torch.Tensor]) -> None:
         raise
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(f"{name}: a step with {few} images failed in {at.filename}, line {at.lineno} "
+        raise InputError(f"{name}: forward with {few} images failed in {at.filename}, line {at.lineno} "
                          f"({type(error).__name__}: {' '.join(str(error).split())}); mend it.") from error
     if found := _wrong(out):
         raise InputError(f"{name}: forward gives {found}; it must return a dict of tensors with a scalar 'loss' that "

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from sslnb import Run, launch, methods, prepare, pretrain
+from sslnb import Run, methods, prepare, pretrain
 from sslnb.errors import InputError, NonFinite
 from sslnb.launch import Stop
 from sslnb.reading import EpochSampler, ViewSet, image_loader
@@ -605,7 +605,7 @@ def test_on_gpus_all_ask_together_and_soon_whether_to_stop(monkeypatch, seconds,
     trainer = SimpleNamespace(looked=(0, 0.0), step=4, device=None, cuda=True, log_every=20,
                               accelerator=SimpleNamespace(num_processes=2))
     monkeypatch.setattr(time, "monotonic", lambda: seconds)
-    monkeypatch.setattr(launch, "total", lambda numbers, device: [numbers[0], 2 * numbers[1]])
+    monkeypatch.setattr("sslnb.train.sum_over_processes", lambda ours: ours * torch.tensor([1, 2]))
     assert not Trainer._told(trainer, SimpleNamespace(asked=False)) and trainer.look_at == 4 + steps
     trainer.step += 1
     assert Trainer._told(trainer, SimpleNamespace(asked=True))

@@ -51,6 +51,12 @@ def test_blur_agrees_with_torchvision(pictures, taps, size, way, monkeypatch):
     assert (torch.cat(alone) - theirs).abs().max() < 1e-4
 
 
+def test_blur_of_a_crop_smaller_than_its_kernel_reaches_as_far_as_its_borders_can_be_reflected(pictures):
+    tiny = pictures[..., :6, :6]
+    found = gaussian_blur(tiny, torch.full((len(tiny),), 2.0), 23)
+    assert found.shape == tiny.shape and (found - TF.gaussian_blur(tiny, [11, 11], [2.0, 2.0])).abs().max() < 1e-4
+
+
 def test_solarize_greyscale_and_normalize_agree_with_torchvision(pictures):
     on = torch.ones(len(pictures), dtype=torch.bool)
     solarized = V.Solarize(1.0).apply(pictures.clone(), on)

@@ -68,12 +68,13 @@ def _linear(subject: Subject, train, test, seed: int) -> Outcome:
                    {"lr": probe.lr, "at_edge": probe.at_edge, "broken": broken})
 
 
-def _few_labels(subject: Subject, train, test, seed: int, *, steps: int = 200) -> Outcome | None:
+def _few_labels(subject: Subject, train, test, seed: int, *, steps: int = few_labels.STEPS) -> Outcome | None:
     if subject.backbone is None:
         return None  # raw pixels have no weights to tune
     predictions, labels, more = few_labels.few_labels(subject, train, test, seed, steps)
     correct = int((predictions == labels).sum())
-    name = named(f"fine-tune {few_labels.LABELS} labels per class", {} if steps == 200 else {"steps": steps})
+    changed = {} if steps == few_labels.STEPS else {"steps": steps}
+    name = named(f"fine-tune {few_labels.LABELS} labels per class", changed)
     return Outcome(name, correct, len(labels), more)
 
 

@@ -150,16 +150,14 @@ class Detector(Protocol):
             for i in range(min(len(images), 8)):  # those that come later say by themselves if their size is another
                 with suppress(BrokenImage):
                     images[i]
+            if recipe.numbers.get("masks", False) and images.everything.masks is None:
+                raise InputError(f"{images.name} ({images.split}) has boxes but no masks, at least not of each: take a "
+                                 "protocol without them, or masks=False.")
         if train.classes != test.classes:
             raise InputError(f"{train.name} has {len(train.classes)} classes in training and {len(test.classes)} in "
                              "the test, or other ones; both must have the same.")
         recipe = recipe.with_(numbers={**recipe.numbers, "classes": len(train.classes)})
-        masks = recipe.numbers.get("masks", False)
-        for images in (train, test):
-            if masks and images.everything.masks is None:
-                raise InputError(f"{images.name} ({images.split}) has boxes but no masks, at least not of each: take a "
-                                 "protocol without them, or masks=False.")
-        if masks or test.rule == "coco":
+        if recipe.numbers.get("masks", False) or test.rule == "coco":
             coco_masks()
         return recipe
 

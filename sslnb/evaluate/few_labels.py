@@ -18,6 +18,7 @@ from .features import _eval_mode
 from .pixels import normalise, read
 
 LABELS = 10  # per class
+STEPS = 200  # of the optimizer
 LRS = (3e-4, 1e-3, 3e-3)
 BATCH, WEIGHT_DECAY = 50, 0.05
 

@@ -20,6 +20,8 @@ def curves(runs: Mapping[str, object], value: str = "loss", title: str = "") -> 
     if len(runs) > 1:
         ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the curves, not on them
     return fig
+
+
 PANEL = {"knn": ("kNN (%)", "higher is better"), "feature_std": ("feature std", "near 0: all images alike"),
          "effective_rank": ("effective rank", "low: few directions used"),
          "alignment": ("alignment", "low: views of an image agree"),
@@ -29,7 +31,7 @@ OUTPUTS = {"output_std": ("output std", "near 0: all outputs alike")}
 
 def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
     """Is it learning or collapsing? kNN, std, rank, alignment and uniformity over epochs, and a plain sentence; of a
-    method that compares outputs also their std in the training batches, where a collapse shows first."""
+    method that compares outputs also their std in the training batches."""
     from ..evaluate.collapse import diagnose
 
     runs = runs if isinstance(runs, Mapping) else {"": runs}
