@@ -90,8 +90,8 @@ def test_the_card_of_small_images_names_our_builder_and_the_measured_results(run
 
 def test_a_card_has_no_results_of_half_trained_weights_and_none_twice(copied, tmp_path):
     row = next(r for r in copied.results() if r["source"] == "run")
-    append_jsonl(copied.path / "results.jsonl", {**row, "top1": 12.3, "step": 3, "total": 6})
     append_jsonl(copied.path / "results.jsonl", {**row, "top1": 45.6})
+    append_jsonl(copied.path / "results.jsonl", {**row, "top1": 12.3, "step": 3, "total": 6})
     card = (copied.export(tmp_path / "out") / "README.md").read_text()
     assert "12.3" not in card and "| 45.6 [" in card and card.count("| run |") == 1
 
