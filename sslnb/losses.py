@@ -98,10 +98,10 @@ class SoftmaxInParts:
         with torch.no_grad():
             loss = (self.highest + self.total.log())[:, 0] - (self.scaled * right).sum(1)
             gradient = (self.weighted / self.total - right) / self.temperature
-        return _GradientIsKnown.apply(self.q, loss, gradient)
+        return GradientIsKnown.apply(self.q, loss, gradient)
 
 
-class _GradientIsKnown(torch.autograd.Function):
+class GradientIsKnown(torch.autograd.Function):
     """q (n, d), a loss of it (n,) and its gradient (n, d) -> the loss."""
 
     @staticmethod

@@ -71,9 +71,10 @@ def test_the_loss_is_the_papers_softmax_over_the_image_and_its_negatives():
         assert loss[b].item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("numbers", [1, 15, 100, 2**26])
-def test_value_and_gradient_are_autograds_however_much_is_looked_up_at_a_time(numbers, monkeypatch):
-    monkeypatch.setattr(npid, "NUMBERS_ON_CPU", numbers)
+@pytest.mark.parametrize("similarities", [1, 25, 2**26], ids=["one image", "two images", "all"])
+def test_value_and_gradient_are_autograds_however_many_images_are_compared_at_a_time(similarities, monkeypatch):
+    """8 of 12 are drawn with replacement: some are there twice, and some not at all."""
+    monkeypatch.setattr(npid, "SIMILARITIES", similarities)
     f = normalized(torch.randn(6, 5)).requires_grad_()
     bank, entries, weight = normalized(torch.randn(12, 5)), torch.randint(12, (6, 8)), torch.rand(6)
     ours = npid.sampled_softmax(f, bank, entries, 0.07)
@@ -101,14 +102,19 @@ def test_the_gradient_is_that_of_the_bank_before_its_update():
     assert torch.allclose(ours, torch.autograd.grad(plain, method.projector[0].weight)[0], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("entries, looked_up", [
-    (4 * 101, [(4, 101), (4, 101), (2, 101)]), (60, 10 * [(1, 60), (1, 41)])], ids=["images", "entries of an image"])
-def test_the_memory_of_the_negatives_is_bounded(entries, looked_up, monkeypatch):
-    seen, embedding = [], F.embedding
-    monkeypatch.setattr(npid, "NUMBERS_ON_CPU", entries * 5)
-    monkeypatch.setattr(npid.F, "embedding", lambda rows, bank: seen.append(tuple(rows.shape)) or embedding(rows, bank))
+def test_the_memory_of_the_similarities_is_bounded(monkeypatch):
+    seen, part = [], npid.softmax_and_gradient
+    monkeypatch.setattr(npid, "SIMILARITIES", 4 * 50 + 49)
+    monkeypatch.setattr(npid, "softmax_and_gradient", lambda f, *rest: seen.append(len(f)) or part(f, *rest))
     npid.sampled_softmax(torch.randn(10, 5), torch.randn(50, 5), torch.randint(50, (10, 101)), 0.1)
-    assert [shape for shape in seen if len(shape) == 2] == looked_up
+    assert seen == [4, 4, 2]
+
+
+def test_large_logits_do_not_overflow():
+    f, bank = torch.ones(1, 4), torch.stack([torch.ones(4), -torch.ones(4)])  # logits of 400 and -400
+    loss = npid.sampled_softmax(f.requires_grad_(), bank, torch.tensor([[1, 0, 0]]), 0.01)
+    assert loss.item() == pytest.approx(800 + math.log(2), rel=1e-5)
+    assert torch.allclose(torch.autograd.grad(loss.sum(), f)[0], torch.full((1, 4), 200.0))
 
 
 def test_at_the_start_nothing_is_known():
@@ -242,6 +248,6 @@ print(built - start, peak() - start)
 
 @pytest.mark.slow
 def test_the_memory_at_imagenets_size():
-    """The bank is 0.66 GB, twice that while it is drawn; the 2.1 GB of negatives are never there together."""
+    """The bank is 0.66 GB, twice that while it is drawn; 64 images would have 2.1 GB of negatives."""
     built, peak = measured(MEASURE)
     assert 0.65 < built < 1.5 and peak < 1.9
