@@ -105,8 +105,8 @@ def test_a_run_in_fp16_says_what_it_skipped_and_resumes_with_its_scale(tiny, tmp
 @pytest.mark.parametrize("name", ["simclr", "byol", "swav", "mae"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_what_single_precision_does(tiny, tmp_path, name, precision):
-    """By how much the loss falls, from the first step to the mean of the last eight: rounding, and steps that fp16 skips
-    at its start, lead elsewhere, and a single step says little (SimCLR's last ones: 2.5, 2.5 and 3.2)."""
+    """By how much the loss falls, from the first step to the mean of the last eight: rounding, and steps that fp16
+    skips at its start, lead elsewhere, and a single step says little (SimCLR's last ones: 2.5, 2.5 and 3.2)."""
     falls = []
     for p in ("fp32", precision):
         losses = [row["loss"] for row in pretrain(tiny(name, epochs=6), out=tmp_path / p, precision=p).history()]
