@@ -2,11 +2,28 @@
 
 import difflib
 from collections.abc import Iterable
+from types import TracebackType
 from typing import NoReturn
 
 
 class InputError(ValueError):
     """The caller asked for something that cannot be done; the message says what, and what to do instead."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What Jupyter shows: the lines of the reader's cells that asked for it, and the sentence below them. Where in
+        the package it was noticed, half a page of frames, tells a reader nothing."""
+        from IPython import get_ipython
+
+        frames, shown = [], None
+        place = self.__traceback__
+        while place is not None:
+            if place.tb_frame.f_globals.get("__name__") == "__main__":
+                frames.append(place)
+            place = place.tb_next
+        for place in reversed(frames):
+            shown = TracebackType(shown, place.tb_frame, place.tb_lasti, place.tb_lineno)
+        error = type(self)(*self.args)  # without what led to it
+        return get_ipython().InteractiveTB.structured_traceback(type(self), error, shown, tb_offset=0)
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .errors import InputError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 HIDDEN = (".", "__MACOSX", "lost+found")  # so begin the names of what is neither an image nor a folder of images
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
           "testing": "test"}  # the first ones are preferred

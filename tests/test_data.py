@@ -246,12 +246,12 @@ def test_links_that_lead_back_and_folders_named_as_images(tmp_path, digits):
 
 
 def test_a_flat_folder_has_no_labels_and_extensions_have_no_case(tmp_path, digits):
-    for i, end in enumerate(["jpg", "JPEG", "Png", "bmp", "webp", "TIF", "tiff", "ppm"]):
+    for i, end in enumerate(["jpg", "JPEG", "Png", "bmp", "webp", "TIF", "tiff", "ppm", "jfif", "gif", "pgm"]):
         digits[i].save(tmp_path / f"{i}.{end}")
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "._0.jpg").write_text("what macOS leaves behind")
     train, test = load(tmp_path), load(tmp_path, "test")
-    assert len(train) == len(test) == 8, "nothing to test without labels, so nothing is kept from training"
+    assert len(train) == len(test) == 11, "nothing to test without labels, so nothing is kept from training"
     assert train.labels is None and train.classes == []
     assert all(image.size == (8, 8) for image in train)
 

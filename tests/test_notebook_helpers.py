@@ -108,6 +108,20 @@ def test_an_injected_name_that_is_not_declared_stops_the_cell(shell):
     assert "p" not in shell.user_ns
 
 
+def test_bad_input_shows_the_readers_lines_and_the_sentence_alone(shell, capsys, monkeypatch):
+    """Through a function of the reader's own, and where another error led to it."""
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    run(shell, "from sslnb import load, resolve\ndef mine(name):\n    return resolve(name)")
+    for call, sentence in (("mine('simcrl')", "Unknown method 'simcrl': did you mean 'simclr'?"),
+                           ("load('fashion_mnist', root='nowhere')", "fashion_mnist is not whole in ")):
+        capsys.readouterr()
+        shell.run_cell(f"x = 1\n{call}", store_history=True)
+        said = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+        assert call in said and ("return resolve(name)" in said) == ("mine" in call)
+        assert f"InputError: {sentence}" in said and said.count("InputError") == 2, "above and below"
+        assert "sslnb/" not in said and "During handling" not in said
+
+
 def test_without_a_parameters_cell_the_remedy_is_named(shell):
     result = shell.run_cell(READ, store_history=True)
     assert "run the cell tagged `parameters` first" in str(result.error_in_exec)

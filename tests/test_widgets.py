@@ -288,6 +288,13 @@ def test_the_views_grid_shows_the_image_and_every_draw(digits):
     assert len(fig.axes) == 2 * (1 + 3 * 2) and all(ax.images for ax in fig.axes)
 
 
+@pytest.mark.parametrize("name, draws", [("byol", 4), ("rotation", 8), ("swav", 1)])
+def test_the_views_grid_draws_as_often_as_there_is_room(digits, name, draws):
+    recipe = methods.recipes(name)["demo"]
+    views = recipe.build().views(recipe.size)
+    assert len(figures.views_grid(views, digits[:1]).axes) == 1 + draws * len(views)
+
+
 def test_lines_over_an_index_and_over_x():
     fig = figures.lines({"a": [1, 2], "b": [2, 1]}, [0.5, 1.0], xlabel="share", title="t")
     assert list(fig.axes[0].lines[1].get_xdata()) == [0.5, 1.0] and fig.axes[0].get_legend()
@@ -312,6 +319,15 @@ def test_accuracy_bars_draw_the_95_percent_intervals():
         assert [(round(a[0]), round(b[0])) for a, b in whiskers] == [(77, 82), (57, 62)]
         assert [text.get_text() for text in ax.get_yticklabels()] == ["trained  80.0", "raw pixels  60.0"]
         assert ax.get_xlim() == (0, 100)
+
+
+def test_bars_have_names_that_tell_them_apart():
+    sources = ["byol-digits-ep60-seed0", "byol-digits-ep60-seed1", "raw pixels"]
+    rows = [{"protocol": "knn", "source": s, "top1": 50.0, "interval": [45.0, 55.0]} for s in sources]
+    labels = [text.get_text() for text in figures.accuracy_bars(rows).axes[0].get_yticklabels()]
+    assert labels == ["byol-digits-ep60-seed0  50.0", "byol-digits-ep60-seed1  50.0", "raw pixels  50.0"]
+    labels = [text.get_text() for text in figures.accuracy_bars(rows[1:]).axes[0].get_yticklabels()]
+    assert labels == ["byol  50.0", "raw pixels  50.0"]
 
 
 def test_without_labels_there_are_no_bars():

@@ -65,9 +65,9 @@ def lines(values: Mapping[str, Sequence[float]], x: Sequence[float] | None = Non
     return fig
 
 
-def views_grid(views, images: Sequence, draws: int = 4, seed: int = 0) -> Figure:
-    """Each row one image: as it is, then `draws` draws of every view, de-normalised."""
-    rows = [[image] for image in images]
+def views_grid(views, images: Sequence, draws: int = 0, seed: int = 0) -> Figure:
+    """Each row one image: as it is, then `draws` draws of every view, de-normalised; 0: as many as fit beside it."""
+    rows, draws = [[image] for image in images], draws or max(1, 8 // len(views))
     for draw in range(draws):
         for view, batch in zip(views.views, views(list(images), seed=seed + draw), strict=True):
             for row, x in zip(rows, view.normalize.undo(batch), strict=True):

@@ -1,6 +1,6 @@
 """Runs over time, and what they are worth: curves, the collapse panel, accuracies."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -62,6 +62,7 @@ def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
     if not rows:
         return grid([[np.full((8, 8, 3), 255)]], title="no labels, no accuracy")
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
+    names = _shortest({r["source"] for r in rows})
     fig, (axes,) = panels(1, len(protocols), 8, 2.6)
     for ax, protocol in zip(axes, protocols, strict=True):
         mine = [r for r in rows if r["protocol"] == protocol]
@@ -70,7 +71,16 @@ def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
         low, high = np.array([r["interval"] for r in mine]).T
         ax.barh(y, x, color=[COLORS[i % 8] for i in range(len(mine))], height=0.6)
         ax.errorbar(x, y, xerr=[x - low, high - x], fmt="none", ecolor="black", capsize=3)
-        ax.set_yticks(y, [f"{r['source'].split('-')[0]}  {r['top1']:.1f}" for r in mine], fontsize=9)
+        ax.set_yticks(y, [f"{names[r['source']]}  {r['top1']:.1f}" for r in mine], fontsize=9)
         ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
         ax.set_title(protocol, fontsize=10)
     return fig
+
+
+def _shortest(sources: Collection[str]) -> dict[str, str]:
+    """As many first words of each as tell them apart: "byol" of "byol-digits-ep60-seed0", unless there is another."""
+    for words in range(1, max(source.count("-") for source in sources) + 2):
+        names = {source: "-".join(source.split("-")[:words]) for source in sources}
+        if len(set(names.values())) == len(names):
+            break
+    return names
