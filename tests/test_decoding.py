@@ -81,20 +81,29 @@ def test_exif_orientation_is_applied(tmp_path, photo, turn, expected):
         assert np.abs(decoded - upright).mean() <= tolerance
 
 
-JPEGS = [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30, "restart_marker_blocks": 3}]
+JPEGS = [{}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}, {"quality": 30, "restart_marker_blocks": 3},
+         {"icc_profile": b"colours" * 50}, {"comment": b"a photograph"}]
 
 
 @pytest.mark.parametrize("options", JPEGS)
 def test_both_decoders_give_the_same_bytes(tmp_path, options, monkeypatch):
     image = load("photos")[1].resize((101, 67))
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "_upright", None)
         image.save(tmp_path / "a.jpg", **options)
+        patch.setattr(Image, "open", None)
         decoded = read_pixels(tmp_path / "a.jpg")  # not by Pillow
     assert decoded.shape == (3, 67, 101) and decoded.stride() == (1, 303, 3)
     assert decoded.equal(decoding.pixels(saved(tmp_path, image, "a.jpg", **options)))
     for mode in ("L", "CMYK"):
         saved(tmp_path, image.convert(mode), "a.jpg", **options)
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused_whoever_decodes(tmp_path, photo, monkeypatch):
+    photo.save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 24 * 16 // 2 - 1)
+    for how in (read_image, read_pixels):
+        with pytest.raises(BrokenImage, match="exceeds limit of"):
+            how(tmp_path / "a.jpg")
 
 
 def test_both_decoders_call_the_same_files_broken(tmp_path):
