@@ -60,31 +60,31 @@ def adjust_brightness(x: Tensor, factor: Tensor | float) -> Tensor:
 
 def adjust_contrast(x: Tensor, factor: Tensor | float) -> Tensor:
     """Blend with the mean luma of the image, which is the luma of its mean colour."""
-    grey = luma(x.mean((2, 3), keepdim=True))
-    factor = per_image(factor, x)
-    return _clamped(x.mul_(factor).add_(grey.mul_(1 - factor)), factor)
+    return _blended(x, (x.mean((2, 3), keepdim=True) * per_channel(LUMA, x)).sum(1, keepdim=True), factor)
 
 
 def adjust_saturation(x: Tensor, factor: Tensor | float) -> Tensor:
     """Blend with the image's own grey version."""
-    factor = per_image(factor, x)
-    return _clamped(torch.lerp(luma(x), x, factor, out=x), factor)
+    return _blended(x, luma(x), factor)
 
 
 def adjust_hue(x: Tensor, factor: Tensor | float) -> Tensor:
     """Turn the hue circle by `factor` in (-0.5, 0.5), in turns: HSV's hue, without branches.
 
-    With V the largest channel, m the smallest and C = V - m the hue is h = sign(G - B) (1 + (G + B - R - m) / C) / 6,
-    and the channel c turns along the circle (0, 1/3, 2/3) is V - C clamp(6 |h - c| - 1, 0, 1), |h - c| the shorter way.
+    With V the largest channel, m the smallest and C = V - m the hue is h = sign(G - B) (1 + (G + B - R - m) / C) / 6.
+    Back, with h in [0, 1) and d = clamp(|h - (1/2, 1/3, 2/3)|, 1/6, 1/3) for the three channels, R = V - 2 C + 6 C d,
+    G and B = V + C - 6 C d.
     """
     r, g, b = x.split(1, 1)
     value = torch.maximum(torch.maximum(r, g), b)
     least = torch.minimum(torch.minimum(r, g), b)
     chroma = (value - least).clamp_min_(1e-7)
     hue = torch.addcdiv(per_channel((1 / 6,), x), (g + b).sub_(r).sub_(least), chroma, value=1 / 6).copysign_(g - b)
-    hue.add_(per_image(factor + 2.5, x))  # above 0 for every channel: then frac - 0.5 is the shorter way to a whole
-    away = torch.sub(hue, per_channel((0.0, 1 / 3, 2 / 3), x), out=x).frac_().sub_(0.5).abs_().clamp_(1 / 6, 1 / 3)
-    return torch.addcmul(value.add_(chroma), chroma, away, value=-6, out=x)
+    hue.add_(per_image(factor + 2, x)).frac_()  # h is at least -1/2 and factor too: of numbers above 0
+    torch.sub(hue, per_channel((1 / 2, 1 / 3, 2 / 3), x), out=x).abs_().clamp_(1 / 6, 1 / 3)
+    torch.addcmul(torch.sub(value, chroma, alpha=2), chroma, r, value=6, out=r)
+    torch.addcmul(value.add_(chroma), chroma, x[:, 1:], value=-6, out=x[:, 1:])
+    return x
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor | float, taps: int) -> Tensor:
@@ -108,9 +108,9 @@ def _banded(x: Tensor, kernel: np.ndarray, block: int = 16) -> Tensor:
     height, width, window = height - taps + 1, width - taps + 1, block + taps - 1
     if height % block or width % block:
         x = F.pad(x, (0, -width % block, 0, -height % block))
-    shifts = np.zeros((len(kernel), taps + 2 * block - 2), np.float32)
-    shifts[:, block - 1:1 - block] = kernel
-    band = torch.from_numpy(shifts).unfold(1, window, 1).flip(1)  # B x block x window
+    band = np.zeros((len(kernel), block, window + 1), np.float32)  # in rows one longer: each begins one further on
+    band[:, :, :taps] = kernel[:, None]
+    band = torch.from_numpy(band.reshape(len(kernel), -1)[:, :-block].reshape(-1, block, window))
     rows = x.unfold(3, window, block).reshape(len(x), -1, window) @ band.mT
     columns = rows.view(*x.shape[:3], -1).unfold(2, window, block).mT  # B x C x blocks x window x W
     return (band[:, None, None] @ columns).flatten(2, 3)[:, :, :height, :width]
@@ -127,6 +127,12 @@ def _convolved(x: Tensor, kernel: np.ndarray) -> Tensor:
 def per_image(factor: Tensor | float, x: Tensor) -> Tensor | float:
     """To calculate with x (B, …, H, W): (B, 1, 1, 1) on its device, or the plain number."""
     return factor if isinstance(factor, float) else factor.view(-1, 1, 1, 1).to(x.device, non_blocking=True)
+
+
+def _blended(x: Tensor, other: Tensor, factor: Tensor | float) -> Tensor:
+    """x times factor, and 1 - factor times the other, which may be overwritten."""
+    factor = per_image(factor, x)
+    return _clamped(x.mul_(factor).add_(other.mul_(1 - factor)), factor)
 
 
 def _clamped(x: Tensor, factor: Tensor | float) -> Tensor:

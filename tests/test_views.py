@@ -1,5 +1,6 @@
 """Every view op against torchvision with the same parameters, and the promise that draws depend on seeds alone."""
 
+import pickle
 import random
 
 import numpy as np
@@ -298,6 +299,35 @@ def test_the_device_does_not_change_the_views(pictures):
     x, seeds = (pictures * 255).byte(), torch.arange(len(pictures))
     for here, there in zip(views.photometric([x] * 7, seeds), views.photometric([x.cuda()] * 7, seeds), strict=True):
         assert torch.allclose(here, there.cpu(), atol=1e-4)
+
+
+def test_a_batch_takes_the_memory_of_one_that_is_gone_and_of_no_other():
+    memory = V.Memory(2)
+    whole, other = memory((4, 3)), memory((4, 3))
+    places = {whole.data_ptr(), other.data_ptr()}
+    assert len(places) == 2
+    part, looked_at = whole[2:], other.numpy()
+    del whole, other
+    for held in (part, looked_at):
+        assert memory((4, 3)).data_ptr() not in places, f"{type(held).__name__} still shows it"
+    del part, looked_at, held
+    there = {array.ctypes.data for array in memory.kept}
+    assert places <= there and memory((4, 3)).data_ptr() in there and len(memory.kept) == 2 < len(there)
+    memory((5, 3))
+    assert [array.shape for array in memory.kept] == [(5, 3)], "what is free and of another shape is given up"
+    assert pickle.loads(pickle.dumps(memory)).kept == []
+
+
+def test_views_that_are_kept_stay_as_they_are(pictures):
+    views = resolve("simclr").build().views(20)
+    crops = [(255 * pictures[:, :, :20, :20]).byte()] * 2
+    kept = views.photometric(crops, torch.arange(len(pictures)))
+    was = [x.clone() for x in kept]
+    views.photometric(crops, 99 + torch.arange(len(pictures)))
+    assert all(map(torch.equal, kept, was)) and len(views.views[0].memory.kept) == 4
+    del kept
+    views.photometric(crops, torch.arange(len(pictures)))
+    assert len(views.views[0].memory.kept) == 2
 
 
 def test_an_aligned_view_is_the_same_crop_at_another_size():
