@@ -101,6 +101,15 @@ def test_injected_values_win_and_are_typed(shell):
     assert (p.epochs, p.lr, p.resume) == (100, "auto", False)
 
 
+def test_cells_take_half_of_the_cores(shell, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("sslnb.launch.cores", lambda: 6)
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    run(shell, CELL, READ)
+    assert asked == [3]
+
+
 def test_an_injected_name_that_is_not_declared_stops_the_cell(shell):
     run(shell, CELL, "# Parameters\nepoch = 3\n")
     result = shell.run_cell(READ, store_history=True)
