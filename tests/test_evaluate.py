@@ -820,11 +820,17 @@ def test_the_rate_that_learns_is_the_one_that_is_taken(stripes, monkeypatch):
     assert more["lr"] == 1e-3 and (predictions == labels).float().mean() > 0.8
 
 
-def test_too_few_images_of_a_class_are_named(stripes):
-    images = stripes(45)
+def test_of_small_classes_half_are_labels_and_one_image_is_too_few(stripes, monkeypatch):
+    images, asked, pixels = stripes(45), [], few_labels._pixels
+    monkeypatch.setattr(few_labels, "_pixels", lambda s, i, rows: asked.append(rows) or pixels(s, i, rows))
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
-    with pytest.raises(InputError, match="Class 0 of stripes has 15 training images, .* needs 20"):
-        few_labels.few_labels(subject, images, images, seed=0, steps=200)
+    outcome = PROTOCOLS["few_labels"](subject, images, images, 0, steps=1)
+    assert outcome.protocol.startswith("fine-tune 7 labels per class") and outcome.more["labels"] == 21
+    fit, held = (torch.as_tensor(images.labels)[rows].bincount().tolist() for rows in asked[:2])
+    assert fit == held == [7, 7, 7] and not set(asked[0]) & set(asked[1])
+    lonely = types.SimpleNamespace(name="stripes", labels=[0, 1, 1, 2, 2])
+    with pytest.raises(InputError, match="Class 0 of stripes has one training image, .* needs two at least"):
+        few_labels.few_labels(subject, lonely, images, seed=0, steps=200)
 
 
 def test_the_steps_of_tuning_can_be_chosen_and_are_in_the_row(stripes, monkeypatch):

@@ -74,7 +74,7 @@ def _few_labels(subject: Subject, train, test, seed: int, *, steps: int = few_la
     predictions, labels, more = few_labels.few_labels(subject, train, test, seed, steps)
     correct = int((predictions == labels).sum())
     changed = {} if steps == few_labels.STEPS else {"steps": steps}
-    name = named(f"fine-tune {few_labels.LABELS} labels per class", changed)
+    name = named(f"fine-tune {more['per_class']} labels per class", changed)
     return Outcome(name, correct, len(labels), more)
 
 
@@ -88,7 +88,7 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
              **settings: Any) -> list[dict]:
     """Evaluate a network; one dict per (network, protocol), accuracies and their 95 % intervals in %.
 
-    `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on ten images per class, for which
+    `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on at most ten images per class, for which
     "random initialisation" means training from scratch; or a name in RECIPES, which trains as `pretrain` does ("semi_…"
     nine settings, of which held-out labels choose one). `source`: a Run, the path of a run directory, a file of weights
     of a `backbone`, a name of the zoo, or a timm name (random weights). `data`: a name or folder for `sslnb.data.load`,

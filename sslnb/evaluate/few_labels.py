@@ -17,7 +17,7 @@ from ..views import IMAGENET_MEAN, IMAGENET_STD
 from .features import _eval_mode
 from .pixels import normalise, read
 
-LABELS = 10  # per class
+LABELS = 10  # per class; half of those of the smallest class if it has not twice as many
 STEPS = 200  # of the optimizer
 LRS = (3e-4, 1e-3, 3e-3)
 BATCH, WEIGHT_DECAY = 50, 0.05
@@ -27,27 +27,32 @@ def few_labels(subject, train, test, seed: int, steps: int) -> tuple[Tensor, Ten
     """Fine-tune on LABELS training images per class; the rate is chosen on as many others of TRAIN, never on test.
 
     -> predictions and labels of the test images, both (M,), and {"lr": the chosen rate, "labels": how many there were,
-    "steps"}. Errors: InputError for less than one step, or if a class has fewer than 2 * LABELS training images.
+    "per_class": how many of each class, "steps"}. Errors: InputError for less than one step, or if a class has a single
+    training image.
     """
     if not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps={steps!r} of fine-tuning are impossible: use a whole number of at least 1.")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.as_tensor(train.labels)
+    classes, counts = labels.unique(return_counts=True)
+    each = min(LABELS, int(counts.min()) // 2)
+    if not each:
+        lonely = int(classes[counts.argmin()])
+        raise InputError(f"Class {lonely} of {train.name} has one training image, and fine-tuning on few labels needs "
+                         "two at least: one of them chooses the learning rate.")
     fit, held = [], []
-    for c in labels.unique():
+    for c in classes:
         rows = (labels == c).nonzero()[:, 0]
-        if len(rows) < 2 * LABELS:
-            raise InputError(f"Class {int(c)} of {train.name} has {len(rows)} training images, and fine-tuning on "
-                             f"{LABELS} labels per class needs {2 * LABELS}: half of them choose the learning rate.")
         rows = rows[torch.randperm(len(rows), generator=generator)]
-        fit.append(rows[:LABELS])
-        held.append(rows[LABELS:2 * LABELS])
+        fit.append(rows[:each])
+        held.append(rows[each:2 * each])
     (x, y), (x_held, y_held) = (_pixels(subject, train, torch.cat(r).tolist()) for r in (fit, held))
     tuned = [_fit(subject, x, y, lr, seed, steps) for lr in LRS]
     right = [int((_predict(model, subject, x_held) == y_held).sum()) for model in tuned]
     best = right.index(max(right))
     x_test, y_test = _pixels(subject, test, list(range(len(test))))
-    return _predict(tuned[best], subject, x_test), y_test, {"lr": LRS[best], "labels": len(y), "steps": steps}
+    more = {"lr": LRS[best], "labels": len(y), "per_class": each, "steps": steps}
+    return _predict(tuned[best], subject, x_test), y_test, more
 
 
 class _Classifier(nn.Module):
