@@ -186,8 +186,8 @@ def _split_folder(root: Path, split: str, name: str, parts: dict[str, str]) -> I
 
 def _folder(folder: Path, name: str, split: str, classes: list[str], found: Listing) -> Images:
     if len(found.files) == 0:
-        raise InputError(f"{folder} has no images ({' '.join(EXTENSIONS)}); save others, .heic of a phone, say, as "
-                         "JPEG.")
+        raise InputError(f"{folder} has no images ({' '.join(EXTENSIONS)}); save other kinds, "
+                         "such as a phone's .heic, as JPEG.")
     used = np.unique(found.owners)  # -1 first, for images in no folder
     own = [found.folders[k] for k in used if k >= 0]
     if own and used[0] < 0:

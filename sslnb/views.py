@@ -14,7 +14,6 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
-from itertools import compress
 
 import numpy as np
 import torch
@@ -177,7 +176,7 @@ class Normalize(BatchOp):
         scale = per_channel(tuple(1 / s for s in self.std), x)
         if x.is_cuda:
             return torch.addcmul(shift, x, scale, out=out)
-        return torch.mul(x, scale, out=out).add_(shift)  # on a CPU in a third of the time
+        return torch.mul(x, scale, out=out).add_(shift)  # on a CPU in half of the time
 
     def undo(self, x: Tensor) -> Tensor:
         """Back to [0, 1] for looking at: x (..., 3, H, W)."""
@@ -207,10 +206,11 @@ class Memory:
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
         """Like torch.empty(shape), float32, on the CPU."""
-        used = [count > self.ALONE for count in _references(self.kept)]
-        free = [array for array, is_used in zip(self.kept, used, strict=True) if not is_used]
+        used, free = [], []
+        for array, count in zip(self.kept, _references(self.kept), strict=True):
+            (used if count > self.ALONE else free).append(array)
         fitting = [array for array in free if array.shape == tuple(shape)][:self.most] or [np.empty(shape, np.float32)]
-        self.kept = [*compress(self.kept, used), *fitting]
+        self.kept = used + fitting
         return torch.from_numpy(fitting[0])
 
     def __reduce__(self):
