@@ -201,7 +201,8 @@ class Memory:
     (ALONE,) = _references([np.empty(0)])  # in a list, and nowhere else
 
     def __init__(self, most: int) -> None:
-        """At most so many batches are kept for later."""
+        """At most so many batches are kept for later, and twice as many watched: a list of all that somebody holds on
+        to would grow."""
         self.most, self.kept = most, []
 
     def __call__(self, shape: Sequence[int]) -> Tensor:
@@ -210,7 +211,7 @@ class Memory:
         for array, count in zip(self.kept, _references(self.kept), strict=True):
             (used if count > self.ALONE else free).append(array)
         fitting = [array for array in free if array.shape == tuple(shape)][:self.most] or [np.empty(shape, np.float32)]
-        self.kept = used + fitting
+        self.kept = (used + fitting)[-2 * self.most:]
         return torch.from_numpy(fitting[0])
 
     def __reduce__(self):

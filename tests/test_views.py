@@ -315,6 +315,8 @@ def test_a_batch_takes_the_memory_of_one_that_is_gone_and_of_no_other():
     assert places <= there and memory((4, 3)).data_ptr() in there and len(memory.kept) == 2 < len(there)
     memory((5, 3))
     assert [array.shape for array in memory.kept] == [(5, 3)], "what is free and of another shape is given up"
+    held = [memory((4, 3)) for _ in range(9)]
+    assert len({x.data_ptr() for x in held}) == 9 and len(memory.kept) == 4
     assert pickle.loads(pickle.dumps(memory)).kept == []
 
 
