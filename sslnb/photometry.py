@@ -6,6 +6,7 @@ cache together.
 """
 
 import functools
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,51 +75,70 @@ def adjust_hue(x: Tensor, factor: Tensor | float) -> Tensor:
     With V the largest channel, m the smallest and C = V - m the hue is h = sign(G - B) (1 + (G + B - R - m) / C) / 6.
     Back, with h in [0, 1) and d = clamp(|h - (1/2, 1/3, 2/3)|, 1/6, 1/3) for the three channels, R = V - 2 C + 6 C d,
     G and B = V + C - 6 C d.
+    Each step writes where numbers lie that are no longer needed: in new memory it all took a quarter longer.
     """
     r, g, b = x.split(1, 1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    least = torch.minimum(torch.minimum(r, g), b)
-    chroma = (value - least).clamp_min_(1e-7)
-    hue = torch.addcdiv(per_channel((1 / 6,), x), (g + b).sub_(r).sub_(least), chroma, value=1 / 6).copysign_(g - b)
+    value, least = torch.maximum(r, g), torch.minimum(r, g)
+    torch.maximum(value, b, out=value)
+    torch.minimum(least, b, out=least)
+    hue = (g + b).sub_(r).sub_(least)
+    chroma = torch.sub(value, least, out=least).clamp_min_(1e-7)
+    torch.addcdiv(per_channel((1 / 6,), x), hue, chroma, value=1 / 6, out=hue).copysign_(g.sub_(b))
     hue.add_(per_image(factor + 2, x)).frac_()  # h is at least -1/2 and factor too: of numbers above 0
     torch.sub(hue, per_channel((1 / 2, 1 / 3, 2 / 3), x), out=x).abs_().clamp_(1 / 6, 1 / 3)
-    torch.addcmul(torch.sub(value, chroma, alpha=2), chroma, r, value=6, out=r)
-    torch.addcmul(value.add_(chroma), chroma, x[:, 1:], value=-6, out=x[:, 1:])
+    torch.addcmul(torch.sub(value, chroma, alpha=2, out=hue), chroma, r, value=6, out=r)
+    value.add_(chroma)
+    torch.addcmul(value, chroma, g, value=-6, out=g)
+    torch.addcmul(value, chroma, b, value=-6, out=b)
     return x
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor | float, taps: int) -> Tensor:
     """Separable blur with its own σ per image; the borders are reflected."""
-    sigma = np.asarray(sigma).reshape(-1, 1)
-    reach = min(taps // 2, max(1, round(4 * float(sigma.max()))))  # what lies further away weighs < 1e-4 in all
+    sigmas = [sigma] if isinstance(sigma, float) else sigma.tolist()
+    reach = min(taps // 2, max(1, round(4 * max(sigmas))))  # what lies further away weighs < 1e-4 in all
     reach = min(reach, min(x.shape[2:]) - 1)  # as far as borders can be reflected
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdims=True)).astype(np.float32)
+    weights = torch.tensor([_gaussian(sigma, reach) for sigma in sigmas])
     padded = F.pad(x, [reach] * 4, mode="reflect")
-    return (_banded if x.device.type == "cpu" else _convolved)(padded, kernel)
+    return (_banded if x.device.type == "cpu" else _convolved)(padded, weights)
 
 
-def _banded(x: Tensor, kernel: np.ndarray, block: int = 16) -> Tensor:
+def _gaussian(sigma: float, reach: int) -> list[float]:
+    """What pixels 0, 1, … `reach` away weigh, and 0 for those that are further. As plain numbers, for a dozen small
+    operations on tensors were a sixth of the time of a blur."""
+    weights = [math.exp(-0.5 * (away / sigma) ** 2) for away in range(reach + 1)]
+    whole = 2 * sum(weights) - weights[0]
+    return [weight / whole for weight in weights] + [0.0]
+
+
+def _banded(x: Tensor, weights: Tensor, block: int = 16) -> Tensor:
     """Along rows and then columns, products of windows with a band matrix, which has the kernel once for each of the
     `block` numbers that a window gives: the fastest way for large images on a CPU.
 
-    x (B, C, H + 2 reach, W + 2 reach), kernel (B, 1 + 2 reach) -> (B, C, H, W).
+    x (B, C, H + 2 reach, W + 2 reach), weights (B, reach + 2) -> (B, C, H, W).
     """
-    taps, (height, width) = kernel.shape[1], x.shape[2:]
-    height, width, window = height - taps + 1, width - taps + 1, block + taps - 1
+    reach = weights.shape[1] - 2
+    height, width, window = x.shape[2] - 2 * reach, x.shape[3] - 2 * reach, block + 2 * reach
     if height % block or width % block:
         x = F.pad(x, (0, -width % block, 0, -height % block))
-    band = np.zeros((len(kernel), block, window + 1), np.float32)  # in rows one longer: each begins one further on
-    band[:, :, :taps] = kernel[:, None]
-    band = torch.from_numpy(band.reshape(len(kernel), -1)[:, :-block].reshape(-1, block, window))
+    band = weights[:, _distances(block, reach)]
     rows = x.unfold(3, window, block).reshape(len(x), -1, window) @ band.mT
     columns = rows.view(*x.shape[:3], -1).unfold(2, window, block).mT  # B x C x blocks x window x W
     return (band[:, None, None] @ columns).flatten(2, 3)[:, :, :height, :width]
 
 
-def _convolved(x: Tensor, kernel: np.ndarray) -> Tensor:
+@functools.cache
+@torch.inference_mode(False)  # as below
+def _distances(block: int, reach: int) -> Tensor:
+    """How far each number of a window is from each that it gives, at most reach + 1: (block, block + 2 reach)."""
+    window, given = torch.arange(-reach, block + reach), torch.arange(block)
+    return (window - given[:, None]).abs().clamp(max=reach + 1)
+
+
+def _convolved(x: Tensor, weights: Tensor) -> Tensor:
     """The same as two convolutions, each channel of each image with its own kernel: half the time on a GPU."""
-    each = torch.from_numpy(kernel).to(x.device, non_blocking=True).repeat_interleave(x.shape[1], 0)[:, None, None]
+    kernel = weights[:, _distances(1, weights.shape[1] - 2)[0]].to(x.device, non_blocking=True)
+    each = kernel.repeat_interleave(x.shape[1], 0)[:, None, None]
     channels = x.flatten(0, 1)[None]  # 1 x B·C x height x width
     blurred = F.conv2d(F.conv2d(channels, each, groups=len(each)), each.mT, groups=len(each))
     return blurred.unflatten(1, x.shape[:2])[0]
