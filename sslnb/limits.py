@@ -73,9 +73,9 @@ FIELDS = _table(
 # Of the constructors of methods, then of protocols. What a text may be is for the constructor to say.
 NUMBERS = _table(
     (CROP, "crop small_crop"), (SHARE, "flip grey momentum loss_lambda bn_momentum dropout"), (HUE, "hue"),
-    (EACH_VIEW, "blur solarize"), (POSITIVE, "temperature epsilon patch zoom"), (INSIDE, "mask_ratio"),
+    (EACH_VIEW, "blur solarize"), (POSITIVE, "temperature epsilon patch zoom"), (INSIDE, "mask_ratio small_size"),
     (COUNT, "hidden_dim dim predictor_dim projector_layers decoder_dim decoder_heads queue bn_images images clusters"),
-    (COUNT, "negatives prototypes small_size pca iterations every unit cell vocab_size least fft_images"),
+    (COUNT, "negatives prototypes pca iterations every unit cell vocab_size least fft_images"),
     (COUNT_OR_0, "pad mark small_views freeze_prototypes queue_from min_cluster gaussian_window decoder_depth"),
     (COUNT_OR_0, "regressor_depth mocov2.hidden_dim swav.queue swav.iterations"), (LAYER, "mask_layer"),
     (AMOUNT, "jitter rotate degrees gap lambd reweight align fft_weight fft_visible gamma_init"),

@@ -17,6 +17,9 @@ from .errors import InputError, unknown
 PRECISIONS = ("fp32", "bf16", "fp16")
 SAME_RESULT = {"data", "gpus", "batch", "accum", "chunk", "precision", "pool", "force_accum", "source", "sources",
                "published", "note"}  # what of a recipe may change without its published numbers becoming another's
+DRAWINGS = "digits", "digits_scattered", "fashion_small", "fashion_mnist"  # small and grey: what our demos are made for
+OF_VIEWS = {"crop", "pad", "flip", "rotate", "jitter", "hue", "grey", "blur", "solarize", "small_views", "small_size",
+            "small_crop", "zoom", "patch", "gap"}  # the numbers that say what views change
 SHORT = {"resnet50": "r50", "vit_base_patch16_224": "vit_base", "vit_small_patch16_224": "vit_small"}
 
 
@@ -283,7 +286,8 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
     """The recipe that a notebook's parameters mean. A value "auto" leaves the recipe's own.
 
     recipe "auto": the zoo's ImageNet recipe if `data` is ImageNet (the row with the wanted epochs if there is one),
-    else the demo recipe. `processes` keeps the total batch. Errors: InputError for unknown names and bad numbers.
+    else the demo recipe; on other images than digits and clothes this has the views that the method has by default, as
+    for photographs. `processes` keeps the total batch. Errors: InputError for unknown names and bad numbers.
     """
     from . import methods
     from .data import said
@@ -306,6 +310,10 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
         unknown(f"recipe of {method}", recipe, known)
     if data != "auto":
         changes["data"] = data
+        if chosen is known.get("demo") and ":" not in method and data not in DRAWINGS:
+            others = {name: value for name, value in chosen.numbers.items() if name not in OF_VIEWS}
+            note = f"Your images get the method's own views, not those that we chose for {chosen.data}. {chosen.note}"
+            chosen = dataclasses.replace(chosen, numbers=others, note=note.strip())
     chosen = chosen.with_(**changes, sources={**chosen.sources, **dict.fromkeys(changes, "you")})
     limits.check_fit(method, methods.get(method), chosen.numbers)
     return chosen if processes in ("auto", chosen.gpus) else chosen.on(processes)

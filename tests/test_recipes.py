@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sslnb import evaluate, limits, methods, pretrain
 from sslnb.checks import prepare
 from sslnb.errors import InputError
-from sslnb.recipes import Recipe, is_imagenet, method_numbers, resolve
+from sslnb.recipes import OF_VIEWS, Recipe, is_imagenet, method_numbers, resolve
 from sslnb.trial import try_out
 
 ALL = [(m, name) for m in methods.METHODS for name in methods.recipes(m)]
@@ -145,6 +146,30 @@ def test_resolve_takes_what_the_data_and_the_epochs_ask_for(tmp_path):
     assert resolve("byol", data=str(tmp_path), epochs=7).backbone == "resnet50"
     assert resolve("mae", mask_ratio=0.5).numbers["mask_ratio"] == 0.5
     assert resolve("byol", processes=2).batch * 2 == resolve("byol").batch
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_demos_show_photographs_as_the_method_does_and_digits_as_we_chose(method):
+    demo, defaults = methods.recipes(method)["demo"], method_numbers(method)
+    mine = resolve(method, data="cifar10", size=64)
+    assert {**defaults, **mine.numbers} == {**defaults, **demo.numbers} | {
+        name: defaults[name] for name in OF_VIEWS & {*defaults}}
+    assert mine.note.startswith(f"Your images get the method's own views, not those that we chose for {demo.data}.")
+    with torch.device("meta"):
+        views = mine.build().views(64)
+    assert all(view.isfinite().all() for view in views([Image.fromarray(np.zeros((70, 90, 3), np.uint8))] * 2))
+    assert resolve(method, data="digits").numbers == demo.numbers and resolve(method, data="digits").note == demo.note
+    if "flip" in defaults:
+        assert resolve(method, data="cifar10", flip=0.3).numbers["flip"] == 0.3
+
+
+def test_numbers_of_views_are_those_of_some_method_and_your_own_demo_stays_as_it_is(tmp_path, monkeypatch):
+    assert {name for method in methods.METHODS for name in method_numbers(method)} >= OF_VIEWS
+    monkeypatch.chdir(tmp_path)
+    Path("own_views.py").write_text(
+        "from sslnb.methods.simclr import RECIPES, SimCLR\nMine = SimCLR\n"
+        "RECIPES = {'demo': RECIPES['demo'].with_(method='own_views.py:Mine', flip=0.1)}\n")
+    assert resolve("own_views.py:Mine", data="cifar10").numbers["flip"] == 0.1
 
 
 def test_the_shape_of_a_schedule_survives_a_short_trial():
@@ -344,7 +369,7 @@ def test_what_is_not_wrong_stays_allowed():
 
 OWN = """
 from sslnb.methods.byol import BYOL
-from sslnb.recipes import Recipe, resolve
+from sslnb.recipes import OF_VIEWS, Recipe, resolve
 
 
 class Mine(BYOL):

@@ -33,7 +33,7 @@ class Flat(nn.Module):
 
 def small(**numbers):
     torch.manual_seed(0)
-    return SwAV(Flat(), **{"prototypes": 5, "hidden_dim": 8, "dim": 4, "small_views": 2, "small_size": 6, **numbers})
+    return SwAV(Flat(), **{"prototypes": 5, "hidden_dim": 8, "dim": 4, "small_views": 2, "small_size": 0.75, **numbers})
 
 
 def crops(n=4, large=8, small=6):

@@ -34,7 +34,7 @@ class SwAV(Method):
     def __init__(self, backbone: nn.Module, *, temperature: float = 0.1, epsilon: float = 0.05, iterations: int = 3,
                  prototypes: int = 3000, hidden_dim: int = 2048, dim: int = 128, freeze_prototypes: int = 1,
                  queue: int = 0, queue_from: int = 15, crop: tuple[float, float] = (0.14, 1.0), small_views: int = 6,
-                 small_size: int = 96, small_crop: tuple[float, float] = (0.05, 0.14), flip: float = 0.5,
+                 small_size: float = 3 / 7, small_crop: tuple[float, float] = (0.05, 0.14), flip: float = 0.5,
                  jitter: float = 1.0, hue: float = 0.2, grey: float = 0.2, blur: float = 0.5):
         super().__init__()
         if small_views and getattr(getattr(backbone, "patch_embed", None), "strict_img_size", False):
@@ -48,7 +48,8 @@ class SwAV(Method):
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.freeze_prototypes, self.queue_from = freeze_prototypes, queue_from  # both in epochs
         self.frozen = self.queueing = self.full = False
-        self.crop, self.small_views, self.small_size, self.small_crop = crop, small_views, small_size, small_crop
+        self.crop, self.small_views, self.small_crop = crop, small_views, small_crop
+        self.small_size = small_size  # of the size of a large view: 96 px beside 224
         self.flip, self.jitter, self.hue, self.grey, self.blur = flip, jitter, hue, grey, blur
 
     def views(self, size: int) -> Views:
@@ -57,7 +58,8 @@ class SwAV(Method):
             View(RandomResizedCrop(pixels, scale), HorizontalFlip(self.flip),
                  ColorJitter(s, s, s, self.hue * self.jitter, p=0.8), Greyscale(self.grey),
                  Blur(self.blur, kernel=23), Normalize(), count=count)
-            for count, pixels, scale in ((2, size, self.crop), (self.small_views, self.small_size, self.small_crop))))
+            for count, pixels, scale in ((2, size, self.crop),
+                                         (self.small_views, round(size * self.small_size), self.small_crop))))
 
     def forward(self, views: list[Tensor], index: Tensor | None = None) -> dict[str, Tensor]:
         z = self.embed(views)  # n x V x d
@@ -138,7 +140,7 @@ RECIPES = {
         method="swav", backbone="resnet_mini", size=20, data="digits_scattered", batch=64, epochs=20, warmup_epochs=2,
         optimizer="adamw", lr=3e-3, weight_decay=1e-4,
         numbers={"epsilon": 0.01, "prototypes": 100, "hidden_dim": 256, "dim": 64, "crop": (0.5, 1.0),
-                 "small_views": 4, "small_size": 12, "small_crop": (0.2, 0.5), "jitter": 0.5, "flip": 0.0, "hue": 0.0,
+                 "small_views": 4, "small_size": 0.6, "small_crop": (0.2, 0.5), "jitter": 0.5, "flip": 0.0, "hue": 0.0,
                  "grey": 0.0, "blur": 0.0},
         source="ours", note="With the paper's epsilon of 0.05 the loss stayed at log K to the end: the scores of an "
                             "untrained network differ little, and its codes came out too even to be predicted."),
