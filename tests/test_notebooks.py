@@ -187,7 +187,9 @@ def short(path):
     names = declared(parameters_cell(path).source)
     few = {name: 10 if name.endswith("steps") else 1 for name in names
            if re.fullmatch(r"(\w+_)?(epochs|steps|rounds)", name)}
-    return few | {"batch": 4, "files": 16} if "rounds" in names else few
+    less = {"batch": 4, "files": 16, "size": 64} if path.stem == "throughput" else {}
+    less |= {"shots": 4, "samples": 2, "costs": 2} if path.stem == "eval_lowshot" else {}
+    return few | less
 
 
 def outputs(book):

@@ -65,7 +65,10 @@ def test_solarize_greyscale_and_normalize_agree_with_torchvision(pictures):
     grey = V.Greyscale(1.0).apply(pictures.clone(), on)
     assert (grey - TF.rgb_to_grayscale(pictures, 3)).abs().max() < TOLERANCE
     normal = V.Normalize()
-    assert torch.allclose(normal.apply(pictures), TF.normalize(pictures, V.IMAGENET_MEAN, V.IMAGENET_STD), atol=1e-6)
+    for out in (None, torch.empty_like(pictures)):
+        made = normal.apply(pictures, out=out)
+        assert torch.allclose(made, TF.normalize(pictures, V.IMAGENET_MEAN, V.IMAGENET_STD), atol=1e-6)
+        assert out is None or made is out
     assert torch.allclose(normal.undo(normal.apply(pictures)), pictures, atol=1e-6)
 
 
