@@ -172,7 +172,7 @@ class Normalize(BatchOp):
 
     def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x stays as it is; the result can be written into `out`, then x is four-dimensional."""
-        if out is None or x.is_cuda:
+        if out is None or x.device.type != "cpu":
             shift = per_channel(tuple(-m / s for m, s in zip(self.mean, self.std, strict=True)), x)
             return torch.addcmul(shift, x, per_channel(tuple(1 / s for s in self.std), x), out=out)
         # On a CPU batch norm passes over the images once, and addcmul takes three times as long.
