@@ -14,6 +14,7 @@ from . import limits, methods
 from .data import Images, said
 from .errors import InputError, unknown
 from .files import read_jsonl, write_atomic
+from .launch import can_compute_in
 from .nodes import same_images
 from .recipes import Recipe, method_numbers, resolve
 from .run import Run
@@ -28,6 +29,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
             workers: int | str = "auto", compile: bool = False, held: contextlib.ExitStack | None = None) -> Run:
     """Check everything and write the run directory, without training: for launching `sslnb.train` yourself.
 
+    Where there is no GPU, name `precision` "fp16" if there will be one: "auto" is what this machine can do.
     `held`: what keeps the run ours beyond this call, for a caller that goes on to train it.
     """
     if not (isinstance(out, os.PathLike) or isinstance(out, str) and out):
@@ -41,7 +43,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
         limits.check(name, value)
     if processes != recipe.gpus:
         recipe = recipe.on(processes)
-    recipe = recipe.with_(precision=_precision(recipe, precision))
+    recipe = recipe.with_(precision=_precision(recipe, precision, trained_here=held is not None))
     _check_trackers(trackers)
     if recipe.chunk:
         _check_chunk(recipe, compile)
@@ -63,15 +65,15 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     return run
 
 
-def _precision(recipe: Recipe, precision: str) -> str:
+def _precision(recipe: Recipe, precision: str, trained_here: bool) -> str:
     if precision == "auto":
         if torch.cuda.is_available() or recipe.precision != "fp16":
             return recipe.precision
         # Where a CPU computes in bf16, a ResNet-50's or ViT-S's step took 0.4 of the time; elsewhere it takes longer.
         cpu = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if cpu.get("avx512_bf16") or cpu.get("amx_bf16") else "fp32"
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("precision 'fp16' needs a GPU and there is none here; use 'bf16' or 'fp32'.")
+    if trained_here:
+        can_compute_in(precision)
     return precision
 
 

@@ -226,12 +226,19 @@ def _print_rest(child: subprocess.Popen) -> None:
         print(said, end="", flush=True)
 
 
+def can_compute_in(precision: str) -> None:
+    """Raise InputError where this machine cannot train in a precision."""
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise InputError("precision 'fp16' needs a GPU and there is none here; use 'bf16' or 'fp32'.")
+
+
 def accelerator(precision: str, trackers: Sequence[str], path: Path):
     """Accelerate for this process: precision, trackers, and DDP that leaves buffers alone."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
+    can_compute_in(precision)  # a run may have been prepared elsewhere
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes"):
             raise InputError(f"ACCELERATE_USE_{name} is set, and sslnb trains with DistributedDataParallel alone; "

@@ -542,6 +542,15 @@ def test_a_signal_saves_and_marks_the_run_interrupted(tmp_path, number, code):
 # ---------------------------------------------------------------- bad input
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_login_node_without_a_gpu_prepares_a_run_in_fp16_that_does_not_start_there(tiny, tmp_path):
+    run = prepare(tiny(), out=tmp_path / "run", precision="fp16")
+    assert run.recipe.precision == "fp16"
+    with pytest.raises(InputError, match="'fp16' needs a GPU and there is none here"):
+        train(run)
+    assert run.status()["state"] == "failed" and not run.history()
+
+
 @pytest.mark.parametrize("changes, call, words", [
     ({}, {"processes": 0}, "processes 0 is impossible"),
     ({}, {"data": "digits_scatered"}, "did you mean 'digits_scattered'"),
