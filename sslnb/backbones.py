@@ -172,6 +172,14 @@ def last_map(backbone: nn.Module, x: Tensor) -> Tensor:
     return y.transpose(1, 2).reshape(len(y), -1, side, side)
 
 
+def for_maps(backbone: nn.Module) -> nn.Module:
+    """The backbone, of which only the last map is wanted: what may come after that (a ConvNeXt's norm) does not learn,
+    because processes on GPUs wait for the gradients of all that learns."""
+    for name in ("head", "fc_norm"):
+        getattr(backbone, name, nn.Identity()).requires_grad_(False)
+    return backbone
+
+
 @torch.no_grad()
 def class_attention(vit: nn.Module, images: Tensor, block: int = -1) -> Tensor:
     """Where a ViT's class token looks in a block: (B, 3, H, W) -> (B, heads, L), shares of the patches, row by row.

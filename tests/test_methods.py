@@ -48,6 +48,15 @@ def test_forward_gives_a_finite_scalar_and_gradients_reach_the_backbone(recipe):
     assert all(p.grad is not None for p in method.parameters() if p.requires_grad), "DDP would wait for it for ever"
 
 
+@pytest.mark.parametrize("name", ["simclr", "densecl", "inpainting"])
+def test_of_a_convnext_all_that_learns_gets_a_gradient_though_some_methods_want_its_map_alone(name):
+    recipe = methods.recipes(name)["demo"].with_(backbone="convnext_atto", size=64)
+    method = recipe.build()
+    method(some_views(method, recipe, 4))["loss"].backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    assert any(p.requires_grad for p in method.backbone.head.parameters()) == (name == "simclr")
+
+
 def test_hooks_run_and_the_state_makes_the_round_trip(recipe):
     method = recipe.build()
     run = SimpleNamespace(recipe=recipe, seed=0)

@@ -16,7 +16,7 @@ which is the same), and the differences of our MoCo. Like the official ImageNet 
 import torch
 from torch import Tensor, nn
 
-from ..backbones import cells
+from ..backbones import cells, for_maps
 from ..batchnorm import average_statistics, split_batchnorm
 from ..losses import info_nce, info_nce_of_many, look_up
 from ..optim import trainable
@@ -44,7 +44,7 @@ class DenseCL(Method):
                  shuffle: bool = True, matching: str = "features", crop: tuple[float, float] = (0.2, 1.0),
                  flip: float = 0.5, jitter: float = 1.0, hue: float = 0.1, grey: float = 0.2, blur: float = 0.5):
         super().__init__()
-        self.backbone = split_batchnorm(backbone, bn_images)
+        self.backbone = split_batchnorm(for_maps(backbone), bn_images)
         # No batch norm in either. The paper's 1 x 1 convolutions are linear layers on the cells.
         self.projector, self.dense_projector = (
             mlp([backbone.num_features, hidden_dim, dim], hidden_bias=True, hidden_bn=False, last_bias=True)

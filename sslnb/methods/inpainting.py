@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones import image_size, last_map
+from ..backbones import for_maps, image_size, last_map
 from ..errors import InputError, unknown
 from ..losses import masked_mean
 from ..masking import centre_mask, check_mask_ratio, region_mask, unit_mask, upsample_mask
@@ -47,8 +47,8 @@ class Inpainting(Masked):
         super().__init__()
         self.hole = hole if hole in HOLES else unknown("hole", hole, HOLES)
         self.loss_on = loss_on if loss_on in PLACES else unknown("loss_on", loss_on, PLACES)
-        self.backbone, self.mask_ratio, self.size = backbone, check_mask_ratio(mask_ratio), image_size(backbone)
-        self.crop, self.flip = crop, flip
+        self.backbone, self.size = for_maps(backbone), image_size(backbone)
+        self.mask_ratio, self.crop, self.flip = check_mask_ratio(mask_ratio), crop, flip
         if unit % CELLS or self.size % unit:
             raise InputError(f"unit {unit} cannot be: squares of that many pixels must tile an image of {self.size} px "
                              f"and have cells of a quarter of their side; use {CELLS} times a whole number.")
