@@ -5,6 +5,7 @@ import traceback
 
 import torch
 from PIL import Image
+from torch import nn
 
 from . import methods, optim
 from .errors import InputError
@@ -93,21 +94,31 @@ def _numbers(recipe: Recipe) -> str:
 
 
 def _step(method: Method, recipe: Recipe, views: list[torch.Tensor]) -> None:
-    """Forward in training: masks, queues and batch norms say what does not fit. Other errors only say that the device
-    has no numbers, or that the method's hooks have not run."""
+    """Forward in training: masks, queues, batch norms and backbone say what does not fit. Other errors only say that
+    the device has no numbers, or that the method's hooks have not run."""
     rows = recipe.batch * (recipe.gpus if method.sync_bn else 1)
     rows = next((few for few in range(2, rows) if rows % few == 0), rows)  # more tell no more, and cost MoCo 0.4 s
     for queue in (module for module in method.modules() if isinstance(module, Queue)):
         queue.enqueue(torch.empty(recipe.gpus * recipe.batch, queue.keys.shape[1], device="meta"))
+    at_work: list[nn.Module] = []  # modules of the backbone
+
+    def leave(*_) -> None:
+        at_work.pop()
+
+    for module in method.backbone.modules():
+        module.register_forward_pre_hook(lambda module, _: at_work.append(module))
+        module.register_forward_hook(leave)
     try:
         with torch.no_grad():
             method([torch.empty(rows, *view.shape[1:], device="meta") for view in views],
                    torch.zeros(rows, dtype=torch.long, device="meta"))
     except InputError:
         raise
-    except ValueError as error:
+    except Exception as error:
         if "more than 1 value per channel" in str(error):  # torch's words
             raise InputError(f"batch {recipe.batch} is too small for {recipe.method}: its batch norms need more than "
                              "one image at a time; use 2 or more.") from error
-    except Exception:
-        return
+        if at_work and not isinstance(error, NotImplementedError) and "meta" not in str(error).lower():
+            sizes = " and ".join(f"{size}" for size in sorted({view.shape[-1] for view in views}))
+            raise InputError(f"{recipe.backbone} cannot take the views of {sizes} px that {recipe.method} shows it "
+                             f"({' '.join(str(error).split())}); use another size or backbone.") from error

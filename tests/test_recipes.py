@@ -148,6 +148,16 @@ def test_resolve_takes_what_the_data_and_the_epochs_ask_for(tmp_path):
     assert resolve("byol", processes=2).batch * 2 == resolve("byol").batch
 
 
+@pytest.mark.parametrize("method, backbone, size, words", [
+    ("swav", "convnext_atto", 64, "cannot take the views of 27 and 64 px that swav shows it .*; use another size"),
+    ("relative_loc", "convnext_atto", 64, "cannot take the views of 54 px"),
+    ("densecl", "maxvit_pico_rw_256", 80, "cannot take the views of 80 px that densecl")])
+def test_views_that_a_backbone_cannot_take_are_told_before_any_work(method, backbone, size, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        pretrain(resolve(method, backbone=backbone, size=size, data="photos", batch=4), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_demos_show_photographs_as_the_method_does_and_digits_as_we_chose(method):
     demo, defaults = methods.recipes(method)["demo"], method_numbers(method)
