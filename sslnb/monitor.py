@@ -12,6 +12,7 @@ from torch import Tensor
 from .errors import NonFinite
 from .files import drafted
 from .launch import any_process, uncompiled
+from .notebook import Progress, clock
 from .reading import next_batch
 from .recipes import Recipe
 from .run import Run
@@ -164,8 +165,6 @@ class Meter:
     """Throughput, share of waiting for data, time left: one row in the log per interval, and progress lines."""
 
     def __init__(self, trainer: "Trainer"):
-        from .notebook import Progress
-
         self.t, self.progress = trainer, Progress()
         self.began, self.first = time.monotonic(), trainer.step
         self.waited = 0.0
@@ -193,11 +192,5 @@ class Meter:
         skipped = f", {t.skipped} steps skipped by fp16" if t.skipped else ""
         if self.progress(t.step / t.total, f"step {t.step}/{t.total}  epoch {epoch:.1f}  loss {values['loss']:.4f}  "
                          f"lr {values['lr']:.2g}  {speed:,.0f} images/s  waiting for data {share:.0%}  "
-                         f"{_clock(left)} left{skipped}"):
+                         f"{clock(left)} left{skipped}"):
             t.run.write_status(step=t.step, seconds=now - start)
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

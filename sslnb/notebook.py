@@ -12,6 +12,8 @@ import torch
 from .errors import InputError, unknown
 from .launch import limit_threads
 
+PATIENCE = 10  # s of an evaluation before it says how long it will take
+
 
 def interactive() -> bool:
     """True if a person is at this kernel: a front end that can answer questions sent the cell. Papermill cannot."""
@@ -158,3 +160,24 @@ class Progress:
             self.handle = display(bundle, raw=True, display_id=True)
         else:
             self.handle.update(bundle, raw=True)
+
+
+class TimeLeft:
+    """How far a job is and how long the rest will take, for one that takes more than some seconds."""
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        """`done` of `total` were done before."""
+        self.what, self.total, self.before = what, total, done
+        self.progress, self.began = Progress(), time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        seconds = time.monotonic() - self.began
+        if seconds > PATIENCE and done > self.before:
+            left = clock(seconds / (done - self.before) * (self.total - done))
+            self.progress(done / self.total, f"{self.what}: {done:,} of {self.total:,}, {left} left")
+
+
+def clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"

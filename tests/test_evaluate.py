@@ -884,7 +884,7 @@ def test_a_process_that_fails_is_told_with_its_reason(tmp_path):
 def test_pieces_of_other_images_are_made_anew_and_other_orders_refused(tmp_path, monkeypatch):
     """As many images as before, under the same name."""
     started = []
-    monkeypatch.setattr(pieces, "_start", lambda place, processes, device: started.append(place))
+    monkeypatch.setattr(pieces, "_start", lambda place, *how: started.append(place))
     monkeypatch.setattr(pieces, "_read", lambda piece: (torch.zeros(0, 4), [], []))
     source, names = open_source("resnet_mini", 0), ["digits", "digits_scattered"]
     images = {name: data.load("digits_scattered").subset(range(100 * n, 100 * n + 100)) for n, name in enumerate(names)}
@@ -905,7 +905,7 @@ def test_processes_that_compute_features_keep_to_the_gpus_that_are_ours(tmp_path
         def __init__(self, command, env, **_):
             given.append(env["CUDA_VISIBLE_DEVICES"])
 
-        def communicate(self):
+        def communicate(self, timeout):
             return "", ""
     monkeypatch.setattr(pieces.subprocess, "Popen", Child)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -977,3 +977,13 @@ def test_few_labels_get_the_callers_seed(monkeypatch):
     monkeypatch.setattr(few_labels, "few_labels", lambda *args: seeds.append(args[3]) or whole(*args))
     evaluate("resnet_mini", (images, images.subset(range(9))), ["few_labels"], size=8, steps=1, seed=5)
     assert set(seeds) == {5}
+
+
+def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sslnb.notebook.PATIENCE", 0.0)
+    digits = data.load("digits_scattered").subset(range(300)), data.load("digits_scattered", "test").subset(range(50))
+    evaluate("resnet_mini", digits, ["knn"], out=tmp_path, baselines=False)
+    evaluate("resnet_mini", digits, ["few_labels"], steps=2, out=tmp_path, baselines=False)
+    printed = capsys.readouterr().out
+    assert "Features of digits_scattered, resnet_mini (untrained): 256 of 300, " in printed
+    assert "resnet_mini (untrained), fine-tuned on 100 labels at lr 0.001: steps: 2 of 2, 0:00 left" in printed

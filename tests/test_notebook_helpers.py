@@ -10,7 +10,7 @@ from traitlets.config import Config
 from sslnb import notebook
 from sslnb.errors import InputError
 from sslnb.methods.simclr import SimCLR
-from sslnb.notebook import Progress, assigned, check, coerce, declared, interactive, same, show
+from sslnb.notebook import Progress, TimeLeft, assigned, check, coerce, declared, interactive, same, show
 
 CELL = """
 epochs: int = 10  # passes over the data
@@ -234,3 +234,20 @@ def test_progress_in_front_of_a_person_updates_one_line(monkeypatch):
     progress = Progress()
     assert [progress(share, f"{share}") for share in (0.1, 0.2, 1.0)] == [True, False, True]
     assert calls == [("display", "0.1"), ("update", "1.0")]
+
+
+def test_what_takes_long_says_how_long_it_will_take_and_what_is_quick_says_nothing(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("sslnb.notebook.time.monotonic", lambda: now[0])
+    quick, slow, again = TimeLeft("quick", 4), TimeLeft("slow", 400), TimeLeft("again", 400, done=200)
+    for done in (1, 2, 3, 4):
+        now[0] += 2.5
+        quick(done)
+    assert capsys.readouterr().out == ""
+    for done in range(0, 401, 20):
+        now[0] = 10 + 10 * done
+        slow(done), again(max(200, done))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "slow: 20 of 400, 1:06:30 left" and lines[-2:] == [
+        "slow: 400 of 400, 0:00 left", "again: 400 of 400, 0:00 left"]
+    assert "again: 300 of 400, 50:10 left" in lines

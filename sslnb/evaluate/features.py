@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..notebook import TimeLeft
 from ..reading import image_loader
 from ..views import IMAGENET_MEAN, IMAGENET_STD
 from .pixels import normalise, read, to_batch
@@ -28,9 +29,10 @@ class Features:
 
 def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
             mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, batch: int = 256,
-            device: str | torch.device = "cpu", workers: int = 0, limit: int | None = None) -> Features:
+            device: str | torch.device = "cpu", workers: int = 0, limit: int | None = None,
+            whose: str = "") -> Features:
     """Features of all images (or of `limit` of them, drawn once with a fixed seed), in the order of the
-    data set.
+    data set. If it takes long, and `whose` they are is said, lines tell how far it is.
 
     `pool`: "model" (the model's own forward), "mean" (patch tokens) or "cls". The backbone moves to `device` ("auto":
     the GPU if there is one) and stays there; its training flags come back as they were and its BatchNorm statistics are
@@ -42,7 +44,7 @@ def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
     backbone.to(device)
     with torch.no_grad(), _eval_mode(backbone):
         return _of_all(lambda pixels: features(backbone, normalise(pixels.to(device), mean, std), pool), images,
-                       size=size, batch=batch, workers=workers, limit=limit)
+                       size=size, batch=batch, workers=workers, limit=limit, whose=whose)
 
 
 def the_device(device: str | torch.device) -> str | torch.device:
@@ -50,10 +52,10 @@ def the_device(device: str | torch.device) -> str | torch.device:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def raw_pixels(images, size: int, limit: int | None = None, workers: int = 0) -> Features:
+def raw_pixels(images, size: int, limit: int | None = None, workers: int = 0, whose: str = "") -> Features:
     """The baseline without any network: flattened pixels in [0, 1], at most 32 x 32."""
     found = _of_all(lambda pixels: pixels.float().flatten(1) / 255, images, size=min(size, RAW_PIXELS_SIZE), batch=256,
-                    workers=workers, limit=limit)
+                    workers=workers, limit=limit, whose=whose)
     channels = found.x.unflatten(1, (3, -1))
     if len(found.x) and torch.equal(channels[:, :1].expand_as(channels), channels):
         found.x = channels[:, 0]  # grey images: the same numbers three times only cost time
@@ -106,14 +108,17 @@ class _Chunks(torch.utils.data.Dataset):
 
 
 def _of_all(vectors: Callable[[Tensor], Tensor], images, *, size: int, batch: int, workers: int,
-            limit: int | None) -> Features:
+            limit: int | None, whose: str) -> Features:
     """What `vectors` makes of uint8 pixels (B, 3, size, size), (B, D), for all images that can be read."""
     chosen = _chosen(len(images), limit)
     loader = image_loader(_Chunks(images, chosen.split(batch), size), workers, batch_size=None)
-    return joined(images, ((vectors(pixels) if kept else None, kept, bad) for pixels, kept, bad in loader), len(chosen))
+    parts = ((vectors(pixels) if kept else None, kept, bad) for pixels, kept, bad in loader)
+    return joined(images, parts, len(chosen), TimeLeft(f"Features of {images.name}, {whose}", len(chosen)) if whose else
+                  None)
 
 
-def joined(images, parts: Iterable[tuple[Tensor | None, list[int], list[str]]], most: int) -> Features:
+def joined(images, parts: Iterable[tuple[Tensor | None, list[int], list[str]]], most: int,
+           told: TimeLeft | None = None) -> Features:
     """Features of `images` from parts: vectors (n, D), their n places in the data set, and what was broken; `most` rows
     in all. They go into one array as they come: parts that are joined at the end are there twice."""
     x, index, broken = torch.zeros(0, 0), [], []
@@ -123,6 +128,8 @@ def joined(images, parts: Iterable[tuple[Tensor | None, list[int], list[str]]], 
             x = x if index else torch.empty(most, z.shape[1])
             x[len(index):len(index) + len(z)] = z
             index += kept
+        if told:
+            told(len(index) + len(broken))
     labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
     return Features(x[:len(index)], labels, torch.tensor(index, dtype=torch.long), broken)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backbones import features
 from ..errors import InputError
+from ..notebook import TimeLeft
 from ..views import IMAGENET_MEAN, IMAGENET_STD
 from .features import _eval_mode
 from .pixels import normalise, read
@@ -73,14 +74,17 @@ def _fit(subject, x: Tensor, y: Tensor, lr: float, seed: int, steps: int) -> nn.
         model = _Classifier(copy.deepcopy(subject.backbone), subject.pool, 1 + int(y.max())).to(subject.device)
         model.requires_grad_(True).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY)
-        rows = torch.cat([torch.randperm(len(y)) for _ in range(math.ceil(steps * BATCH / len(y)))])
-        for step, chosen in enumerate(rows[:steps * BATCH].split(BATCH)):
+        batch = min(BATCH, len(y))
+        rows = torch.cat([torch.randperm(len(y)) for _ in range(math.ceil(steps * batch / len(y)))])
+        told = TimeLeft(f"{subject.name}, fine-tuned on {len(y)} labels at lr {lr:g}: steps", steps)
+        for step, chosen in enumerate(rows[:steps * batch].split(batch)):
             warm = min(1.0, (step + 1) / (0.1 * steps))
             optimizer.param_groups[0]["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
             loss = F.cross_entropy(model(x[chosen].to(subject.device)), y[chosen].to(subject.device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            told(step + 1)
     return model
 
 

@@ -5,11 +5,13 @@
 Processes need not talk to each other, so a job's pieces may be computed on any machines that share the folder.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from ..errors import InputError
 from ..files import checksum, save_tensors, write_atomic
 from ..launch import limit_threads
 from ..nodes import contents
+from ..notebook import TimeLeft
 from ..reading import loader_workers
 from .features import Features, extract, joined
 from .sources import Source, open_source
@@ -66,7 +69,7 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
         write_atomic(place / "job.json", said)
     pieces = [_piece(place, n) for n in range(_count(job, images))]
     if not all(piece.exists() for piece in pieces):
-        _start(place, min(processes, len(pieces)), device)
+        _start(place, min(processes, len(pieces)), device, pieces)
     return joined(images, map(_read, pieces), len(images))
 
 
@@ -77,8 +80,12 @@ def _read(piece: Path) -> tuple[Tensor, list[int], list[str]]:
     return part["x"], part["index"].tolist(), json.loads(piece.with_suffix(".json").read_text())
 
 
-def _start(place: Path, processes: int, device: str = "auto") -> None:
+def _start(place: Path, processes: int, device: str = "auto", pieces: Sequence[Path] = ()) -> None:
     """All processes of this machine, each with a GPU of its own if there are any."""
+    def done() -> int:
+        return sum(piece.exists() for piece in pieces)
+
+    told = TimeLeft(f"Features by {processes} processes: pieces", len(pieces), done())
     visible, count, children = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count(), []
     gpus = visible.split(",") if visible else [str(n) for n in range(count)]  # on a shared machine not all are ours
     for rank in range(processes):
@@ -86,7 +93,7 @@ def _start(place: Path, processes: int, device: str = "auto") -> None:
         command = [sys.executable, "-m", "sslnb.evaluate.pieces", str(place), str(rank), str(processes), device]
         children.append(subprocess.Popen(command, env={**os.environ, **own}, stderr=subprocess.PIPE, text=True))
     try:
-        errors = [child.communicate()[1] for child in children]
+        errors = [_last_words(child, lambda: told(done())) for child in children]
     except BaseException:
         for child in children:
             child.kill()
@@ -96,6 +103,14 @@ def _start(place: Path, processes: int, device: str = "auto") -> None:
             said = error.strip().split("\n")[-1]
             raise RuntimeError(f"A process that computes features ended with code {child.returncode}: {said}. What is "
                                f"done lies in {place}; the same command continues.")
+
+
+def _last_words(child: subprocess.Popen, meanwhile: Callable[[], None]) -> str:
+    """What a process says on stderr until it ends."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=5)[1]
+        meanwhile()
 
 
 def compute(place: Path, rank: int, processes: int, device: str) -> None:

@@ -67,12 +67,12 @@ class Subject:
         """Features of `images`, computed once per set of images, so that several protocols share them."""
         if images not in self._cache:
             if self.backbone is None:
-                self._cache[images] = raw_pixels(images, self.size, workers=self.workers)
+                self._cache[images] = raw_pixels(images, self.size, workers=self.workers, whose=self.name)
             elif self.parallel:
                 self._cache[images] = self.parallel(self.backbone, images)
             else:
                 self._cache[images] = extract(self.backbone, images, size=self.size, pool=self.pool,
-                                              device=self.device, workers=self.workers)
+                                              device=self.device, workers=self.workers, whose=self.name)
         return self._cache[images]
 
 
