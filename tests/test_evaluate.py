@@ -759,7 +759,7 @@ def test_table():
         return {"source": source, "protocol": protocol, "top1": top1, "interval": [top1 - 2, top1 + 2]}
 
     text = table([row("run", "knn", 80.0), row("run", "linear", 88.06), row("raw pixels", "knn", 9.0),
-                  row("run", "knn", 81.0), {"source": "run", "protocol": "voc07_svm", "mAP": 70.0}],
+                  row("run", "knn", 81.0), {"source": "run", "protocol": "low shot", "mAP": {"1": 20.0}}],
                  [{"top1": 74.5, "protocol": "knn k20, ImageNet", "source": "dino README"}])
     assert text.splitlines() == [
         "features    knn                linear",
@@ -767,6 +767,11 @@ def test_table():
         "raw pixels  9.0 [7.0, 11.0]    –",
         "published (knn k20, ImageNet, dino README): 74.5",
     ]
+    text = table([{"source": "run", "protocol": "svm", "mAP": 70.0},
+                  {"source": "run", "protocol": "voc", "ap50": 80.0, "ap": 50.0, "interval": [78.0, 82.0]},
+                  {"source": "run", "protocol": "coco", "ap50": 60.0, "ap": 40.0}])
+    assert text.splitlines() == ["features  svm       voc                     coco",
+                                 "run       mAP 70.0  AP50 80.0 [78.0, 82.0]  AP 40.0"]
 
 
 def test_import_is_cheap():

@@ -50,11 +50,11 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
     """Rows of `evaluate` as aligned text: features down, protocols across, "88.1 [86.0, 89.9]" in %.
 
-    A later row replaces an earlier one of the same features and protocol; rows without an accuracy and its interval,
-    such as those of detectors, are left out. `published` numbers (dicts with `top1`, `protocol`, `source`) come below,
+    A later row replaces an earlier one of the same features and protocol; rows without one number that sums them up,
+    such as curves of low shot, are left out. `published` numbers (dicts with `top1`, `protocol`, `source`) come below,
     in lines of their own: they belong to other data and protocols than the cells above.
     """
-    rows = [row for row in rows if "top1" in row and "interval" in row]
+    rows = [row for row in rows if _cell(row)]
     sources = list(dict.fromkeys(row["source"] for row in rows))
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     cells = {(row["source"], row["protocol"]): _cell(row) for row in rows}
@@ -67,5 +67,10 @@ def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
 
 
 def _cell(row: dict) -> str:
-    low, high = row["interval"]
-    return f"{row['top1']:.1f} [{low:.1f}, {high:.1f}]"
+    """Accuracy; of detectors VOC's AP50 with its interval or COCO's AP; of support vector machines the mean AP."""
+    detector = "ap50" if "interval" in row else "ap"
+    for key, name in (("top1", ""), (detector, detector.upper() + " "), ("mAP", "mAP ")):
+        if isinstance(value := row.get(key), int | float):
+            edges = row.get("interval")
+            return f"{name}{value:.1f}" + (f" [{edges[0]:.1f}, {edges[1]:.1f}]" if edges else "")
+    return ""
