@@ -25,6 +25,9 @@ def try_out(recipe: Recipe, total: int) -> None:
         try:
             with torch.device("meta"):
                 method = recipe.build()
+                if not isinstance(getattr(method, "backbone", None), nn.Module):
+                    raise InputError(f"{recipe.method} has no self.backbone, which is what evaluation keeps of it; set "
+                                     "it in __init__.")
                 optim.build(method.param_groups(recipe), recipe)
             views = method.views(recipe.size)
             if method.monitored:  # not a protocol, whose images may bring boxes

@@ -423,11 +423,11 @@ from sslnb.views import Normalize, RandomResizedCrop, View, Views
 class Mine(Method):
     def __init__(self, backbone, *, alpha: float = 1.0):
         super().__init__()
-        self.backbone = backbone
+        self.{kept} = backbone
     def views(self, size):
         return Views(View(RandomResizedCrop(size), {normal}, count=2))
     def forward(self, views, index=None):
-        z = self.backbone(views[0])
+        z = self.{kept}(views[0])
         loss = z.square().mean()
         return {out}
 {hook}
@@ -436,9 +436,9 @@ RECIPES = {{"demo": Recipe(method="{name}:Mine", backbone="resnet_mini", size=20
 """
 
 
-def own(folder, out="{'loss': loss, 'z': z}", normal="Normalize()", hook="", name=None):
+def own(folder, out="{'loss': loss, 'z': z}", normal="Normalize()", hook="", name=None, kept="backbone"):
     file = folder / "mine.py"
-    file.write_text(THEIRS.format(out=out, normal=normal, hook=hook, name=name or file))
+    file.write_text(THEIRS.format(out=out, normal=normal, hook=hook, name=name or file, kept=kept))
     return resolve(f"{file}:Mine")
 
 
@@ -452,6 +452,7 @@ def own(folder, out="{'loss': loss, 'z': z}", normal="Normalize()", hook="", nam
     ({"out": "{'loss': troch.zeros(())}"}, "failed in .*mine.py, line 17 .NameError: name 'troch'"),
     ({"out": "{'loss': nn.Linear(7, 1)(z).mean()}"}, "shapes cannot be multiplied"),
     ({"hook": "    def after_step(self): pass"}, "after_step too many positional arguments; see the hooks"),
+    ({"kept": "network"}, "has no self.backbone, which is what evaluation keeps of it; set it in __init__"),
     ({"normal": "Normalize((0, 0, 0), (1, 1, 1))"}, "its first view is normalised by .*end the view with that")])
 def test_a_method_of_ones_own_is_tried_before_its_run_has_a_directory(tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(tmp_path)
