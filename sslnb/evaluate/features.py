@@ -113,8 +113,8 @@ def _of_all(vectors: Callable[[Tensor], Tensor], images, *, size: int, batch: in
     chosen = _chosen(len(images), limit)
     loader = image_loader(_Chunks(images, chosen.split(batch), size), workers, batch_size=None)
     parts = ((vectors(pixels) if kept else None, kept, bad) for pixels, kept, bad in loader)
-    return joined(images, parts, len(chosen), TimeLeft(f"Features of {images.name}, {whose}", len(chosen)) if whose else
-                  None)
+    told = TimeLeft(f"Features of {images.name}, {whose}", len(chosen)) if whose else None
+    return joined(images, parts, len(chosen), told)
 
 
 def joined(images, parts: Iterable[tuple[Tensor | None, list[int], list[str]]], most: int,
