@@ -3,6 +3,7 @@
 import ast
 import inspect
 import math
+import os
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -163,7 +164,8 @@ class Progress:
 
 
 class TimeLeft:
-    """How far a job is and how long the rest will take, for one that takes more than some seconds."""
+    """How far a job is and how long the rest will take, for one that takes more than some seconds; of several processes
+    under torchrun the first one says it."""
 
     def __init__(self, what: str, total: int, done: int = 0):
         """`done` of `total` were done before."""
@@ -172,7 +174,7 @@ class TimeLeft:
 
     def __call__(self, done: int) -> None:
         seconds = time.monotonic() - self.began
-        if seconds > PATIENCE and done > self.before:
+        if seconds > PATIENCE and done > self.before and os.environ.get("RANK", "0") == "0":
             left = clock(seconds / (done - self.before) * (self.total - done))
             self.progress(done / self.total, f"{self.what}: {done:,} of {self.total:,}, {left} left")
 

@@ -251,3 +251,6 @@ def test_what_takes_long_says_how_long_it_will_take_and_what_is_quick_says_nothi
     assert lines[0] == "slow: 20 of 400, 1:06:30 left" and lines[-2:] == [
         "slow: 400 of 400, 0:00 left", "again: 400 of 400, 0:00 left"]
     assert "again: 300 of 400, 50:10 left" in lines
+    monkeypatch.setenv("RANK", "1")
+    slow(200)
+    assert capsys.readouterr().out == ""

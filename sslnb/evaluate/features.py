@@ -30,9 +30,9 @@ class Features:
 def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
             mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, batch: int = 256,
             device: str | torch.device = "cpu", workers: int = 0, limit: int | None = None,
-            whose: str = "") -> Features:
+            title: str = "") -> Features:
     """Features of all images (or of `limit` of them, drawn once with a fixed seed), in the order of the
-    data set. If it takes long, and `whose` they are is said, lines tell how far it is.
+    data set. If it takes long, lines under the `title` tell how far it is.
 
     `pool`: "model" (the model's own forward), "mean" (patch tokens) or "cls". The backbone moves to `device` ("auto":
     the GPU if there is one) and stays there; its training flags come back as they were and its BatchNorm statistics are
@@ -44,7 +44,7 @@ def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
     backbone.to(device)
     with torch.no_grad(), _eval_mode(backbone):
         return _of_all(lambda pixels: features(backbone, normalise(pixels.to(device), mean, std), pool), images,
-                       size=size, batch=batch, workers=workers, limit=limit, whose=whose)
+                       size=size, batch=batch, workers=workers, limit=limit, title=title)
 
 
 def the_device(device: str | torch.device) -> str | torch.device:
@@ -52,10 +52,10 @@ def the_device(device: str | torch.device) -> str | torch.device:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def raw_pixels(images, size: int, limit: int | None = None, workers: int = 0, whose: str = "") -> Features:
+def raw_pixels(images, size: int, limit: int | None = None, workers: int = 0, title: str = "") -> Features:
     """The baseline without any network: flattened pixels in [0, 1], at most 32 x 32."""
     found = _of_all(lambda pixels: pixels.float().flatten(1) / 255, images, size=min(size, RAW_PIXELS_SIZE), batch=256,
-                    workers=workers, limit=limit, whose=whose)
+                    workers=workers, limit=limit, title=title)
     channels = found.x.unflatten(1, (3, -1))
     if len(found.x) and torch.equal(channels[:, :1].expand_as(channels), channels):
         found.x = channels[:, 0]  # grey images: the same numbers three times only cost time
@@ -108,12 +108,12 @@ class _Chunks(torch.utils.data.Dataset):
 
 
 def _of_all(vectors: Callable[[Tensor], Tensor], images, *, size: int, batch: int, workers: int,
-            limit: int | None, whose: str) -> Features:
+            limit: int | None, title: str) -> Features:
     """What `vectors` makes of uint8 pixels (B, 3, size, size), (B, D), for all images that can be read."""
     chosen = _chosen(len(images), limit)
     loader = image_loader(_Chunks(images, chosen.split(batch), size), workers, batch_size=None)
     parts = ((vectors(pixels) if kept else None, kept, bad) for pixels, kept, bad in loader)
-    told = TimeLeft(f"Features of {images.name}, {whose}", len(chosen)) if whose else None
+    told = TimeLeft(title, len(chosen)) if title else None
     return joined(images, parts, len(chosen), told)
 
 

@@ -66,13 +66,14 @@ class Subject:
     def features(self, images) -> Features:
         """Features of `images`, computed once per set of images, so that several protocols share them."""
         if images not in self._cache:
+            title = f"Features of {images.name}, {self.name}"
             if self.backbone is None:
-                self._cache[images] = raw_pixels(images, self.size, workers=self.workers, whose=self.name)
+                self._cache[images] = raw_pixels(images, self.size, workers=self.workers, title=title)
             elif self.parallel:
                 self._cache[images] = self.parallel(self.backbone, images)
             else:
                 self._cache[images] = extract(self.backbone, images, size=self.size, pool=self.pool,
-                                              device=self.device, workers=self.workers, whose=self.name)
+                                              device=self.device, workers=self.workers, title=title)
         return self._cache[images]
 
 

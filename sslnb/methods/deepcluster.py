@@ -84,7 +84,7 @@ class DeepCluster(Method):
         images, device = recipe.load(), self.labels.device
         mine = share(torch.arange(len(images)))
         f = extract(self.backbone, images.subset(mine), size=recipe.size, pool=recipe.pool, device=device,
-                    workers=loader_workers("auto", images, world()[1]))
+                    workers=loader_workers("auto", images, world()[1]), title="Features to cluster")
         x = whiten(f.x, self.pca, device, shared=True)  # my rows of N x pca
         _, y = kmeans(x, self.clusters, self.iterations, seed, shared=True)
         labels = torch.zeros_like(self.labels)

@@ -108,7 +108,7 @@ class ODC(Method):
         images, (rank, processes), device = run.recipe.load(), world(), self.labels.device
         mine = torch.arange(len(images)).tensor_split(processes)[rank]
         found = extract(nn.Sequential(self.backbone, self.projector), images.subset(mine), size=run.recipe.size,
-                        device=device, workers=loader_workers("auto", images, processes))
+                        device=device, workers=loader_workers("auto", images, processes), title="Features to cluster")
         vectors = torch.zeros_like(self.bank.vectors)
         vectors[mine[found.index].to(device)] = normalized(found.x).to(device)
         self.bank.vectors.copy_(sum_over_processes(vectors))
