@@ -252,5 +252,7 @@ def test_what_takes_long_says_how_long_it_will_take_and_what_is_quick_says_nothi
         "slow: 400 of 400, 0:00 left", "again: 400 of 400, 0:00 left"]
     assert "again: 300 of 400, 50:10 left" in lines
     monkeypatch.setenv("RANK", "1")
-    slow(200)
+    second = TimeLeft("of a second process", 4)
+    now[0] += 60
+    second(2)
     assert capsys.readouterr().out == ""
