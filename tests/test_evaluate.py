@@ -991,4 +991,4 @@ def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys, tmp_path):
     evaluate("resnet_mini", digits, ["few_labels"], steps=2, out=tmp_path, baselines=False)
     printed = capsys.readouterr().out
     assert "Features of digits_scattered, resnet_mini (untrained): 256 of 300, " in printed
-    assert "resnet_mini (untrained), fine-tuned on 100 labels at lr 0.001: steps: 2 of 2, 0:00 left" in printed
+    assert "resnet_mini (untrained), fine-tuned on 100 labels at 3 rates: steps: 6 of 6, 0:00 left" in printed

@@ -6,6 +6,7 @@ initialisation of the same network goes through the same function, and that is t
 
 import copy
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def few_labels(subject, train, test, seed: int, steps: int) -> tuple[Tensor, Ten
         fit.append(rows[:each])
         held.append(rows[each:2 * each])
     (x, y), (x_held, y_held) = (_pixels(subject, train, torch.cat(r).tolist()) for r in (fit, held))
-    tuned = [_fit(subject, x, y, lr, seed, steps) for lr in LRS]
+    told = TimeLeft(f"{subject.name}, fine-tuned on {len(y)} labels at {len(LRS)} rates: steps", len(LRS) * steps)
+    tuned = [_fit(subject, x, y, lr, seed, steps, lambda step, n=n: told(n * steps + step)) for n, lr in enumerate(LRS)]
     right = [int((_predict(model, subject, x_held) == y_held).sum()) for model in tuned]
     best = right.index(max(right))
     x_test, y_test = _pixels(subject, test, list(range(len(test))))
@@ -67,8 +69,8 @@ class _Classifier(nn.Module):
         return self.head(features(self.backbone, normalise(x, IMAGENET_MEAN, IMAGENET_STD), self.pool))
 
 
-def _fit(subject, x: Tensor, y: Tensor, lr: float, seed: int, steps: int) -> nn.Module:
-    """x: uint8 (N, 3, h, w), y (N,). The random state of the caller stays as it was."""
+def _fit(subject, x: Tensor, y: Tensor, lr: float, seed: int, steps: int, tell: Callable[[int], None]) -> nn.Module:
+    """x: uint8 (N, 3, h, w), y (N,); `tell` hears of every step. The random state of the caller stays as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _Classifier(copy.deepcopy(subject.backbone), subject.pool, 1 + int(y.max())).to(subject.device)
@@ -76,7 +78,6 @@ def _fit(subject, x: Tensor, y: Tensor, lr: float, seed: int, steps: int) -> nn.
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=WEIGHT_DECAY)
         batch = min(BATCH, len(y))
         rows = torch.cat([torch.randperm(len(y)) for _ in range(math.ceil(steps * batch / len(y)))])
-        told = TimeLeft(f"{subject.name}, fine-tuned on {len(y)} labels at lr {lr:g}: steps", steps)
         for step, chosen in enumerate(rows[:steps * batch].split(batch)):
             warm = min(1.0, (step + 1) / (0.1 * steps))
             optimizer.param_groups[0]["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -84,7 +85,7 @@ def _fit(subject, x: Tensor, y: Tensor, lr: float, seed: int, steps: int) -> nn.
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            told(step + 1)
+            tell(step + 1)
     return model
 
 
