@@ -187,9 +187,8 @@ def short(path):
     names = declared(parameters_cell(path).source)
     few = {name: 10 if name.endswith("steps") else 1 for name in names
            if re.fullmatch(r"(\w+_)?(epochs|steps|rounds)", name)}
-    less = {"batch": 4, "files": 16, "size": 64} if path.stem == "throughput" else {}
-    less |= {"shots": 4, "samples": 2, "costs": 2} if path.stem == "eval_lowshot" else {}
-    return few | less
+    less = {"throughput": {"batch": 4, "files": 16}, "eval_lowshot": {"shots": 4, "samples": 2, "costs": 2}}
+    return few | less.get(path.stem, {})
 
 
 def outputs(book):
