@@ -840,7 +840,7 @@ def test_of_small_classes_half_are_labels_and_one_image_is_too_few(stripes, monk
 
 def test_the_steps_of_tuning_can_be_chosen_and_are_in_the_row(stripes, monkeypatch):
     asked, fit = [], few_labels._fit
-    monkeypatch.setattr(few_labels, "_fit", lambda *args: asked.append(args[-1]) or fit(*args))
+    monkeypatch.setattr(few_labels, "_fit", lambda *args: asked.append(args[-2]) or fit(*args))
     sets = stripes(75), stripes(60)
     rows = evaluate("resnet_mini", sets, ["few_labels"], size=16, steps=2)
     assert set(asked) == {2} and [row["steps"] for row in rows] == [2, 2]
