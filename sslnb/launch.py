@@ -229,7 +229,8 @@ def _print_rest(child: subprocess.Popen) -> None:
 def can_compute_in(precision: str) -> None:
     """Raise InputError where this machine cannot train in a precision."""
     if precision == "fp16" and not torch.cuda.is_available():
-        raise InputError("precision 'fp16' needs a GPU and there is none here; use 'bf16' or 'fp32'.")
+        raise InputError("precision 'fp16' needs a GPU and there is none here; use 'bf16' or 'fp32', or a machine with "
+                         "one.")
 
 
 def accelerator(precision: str, trackers: Sequence[str], path: Path):

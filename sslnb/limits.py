@@ -98,9 +98,14 @@ def check(name: str, value: Any, limit: Limit | None = None) -> None:
         raise InputError(f"{name} {' '.join(repr(value).split())} is impossible: use {limit.words}.")
 
 
+def is_ours(method: str) -> bool:
+    """Whether a method comes with the package, and not from a file of the user's."""
+    return ":" not in method or method.startswith("sslnb.")
+
+
 def check_ours(method: str, numbers: Mapping[str, Any]) -> None:
     """The numbers of one of our methods. In a user's own file a name may mean something else, see `check_fit`."""
-    if ":" not in method or method.startswith("sslnb."):
+    if is_ours(method):
         for name, value in numbers.items():
             check(name, value, NUMBERS.get(f"{method}.{name}") or NUMBERS.get(name))
 

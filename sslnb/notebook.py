@@ -13,7 +13,7 @@ import torch
 from .errors import InputError, unknown
 from .launch import limit_threads
 
-PATIENCE = 10  # s of an evaluation before it says how long it will take
+PATIENCE = 10  # s of a job before it says how long it will take
 
 
 def interactive() -> bool:

@@ -75,7 +75,7 @@ def adjust_hue(x: Tensor, factor: Tensor | float) -> Tensor:
     With V the largest channel, m the smallest and C = V - m the hue is h = sign(G - B) (1 + (G + B - R - m) / C) / 6.
     Back, with h in [0, 1) and d = clamp(|h - (1/2, 1/3, 2/3)|, 1/6, 1/3) for the three channels, R = V - 2 C + 6 C d,
     G and B = V + C - 6 C d.
-    Each step writes where numbers lie that are no longer needed: in new memory it all took a quarter longer.
+    Each step writes where numbers lie that are no longer needed: in new memory it all took a third longer.
     """
     r, g, b = x.split(1, 1)
     value, least = torch.maximum(r, g), torch.minimum(r, g)

@@ -310,7 +310,7 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
         unknown(f"recipe of {method}", recipe, known)
     if data != "auto":
         changes["data"] = data
-        if chosen is known.get("demo") and ":" not in method and data not in DRAWINGS:
+        if chosen is known.get("demo") and limits.is_ours(method) and data not in DRAWINGS:
             others = {name: value for name, value in chosen.numbers.items() if name not in OF_VIEWS}
             note = f"Your images get the method's own views, not those that we chose for {chosen.data}. {chosen.note}"
             chosen = dataclasses.replace(chosen, numbers=others, note=note.strip())

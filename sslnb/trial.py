@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from . import methods, optim
+from . import limits, methods, optim
 from .errors import InputError
 from .methods.base import Method
 from .parts import Queue
@@ -44,7 +44,7 @@ def try_out(recipe: Recipe, total: int) -> None:
                              "backbone images that are normalised by Normalize(); end the view with that.")
         if method.monitored:
             _step(method, recipe, views)
-            if ":" in recipe.method and not recipe.method.startswith("sslnb."):
+            if not limits.is_ours(recipe.method):
                 _own_forward(recipe, views)
     if recipe.pool != "model" and not hasattr(method.backbone, "num_prefix_tokens"):
         raise InputError(f"pool {recipe.pool!r} is impossible for {recipe.backbone}, which has no tokens: use 'model'.")
@@ -122,6 +122,6 @@ def _step(method: Method, recipe: Recipe, views: list[torch.Tensor]) -> None:
             raise InputError(f"batch {recipe.batch} is too small for {recipe.method}: its batch norms need more than "
                              "one image at a time; use 2 or more.") from error
         if at_work and not isinstance(error, NotImplementedError) and "meta" not in str(error).lower():
-            sizes = " and ".join(f"{size}" for size in sorted({view.shape[-1] for view in views}))
+            sizes = " and ".join(map(str, sorted({view.shape[-1] for view in views})))
             raise InputError(f"{recipe.backbone} cannot take the views of {sizes} px that {recipe.method} shows it "
                              f"({' '.join(str(error).split())}); use another size or backbone.") from error

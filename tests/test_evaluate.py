@@ -853,6 +853,15 @@ def test_the_steps_of_tuning_can_be_chosen_and_are_in_the_row(stripes, monkeypat
         evaluate("resnet_mini", sets, ["few_labels"], size=16, steps=2, epochs=1)
 
 
+def test_no_image_comes_twice_in_a_batch_of_few_labels(stripes, monkeypatch):
+    """30 labels, of which a batch could hold 50."""
+    sizes, forward = [], few_labels._Classifier.forward
+    monkeypatch.setattr(few_labels._Classifier, "forward",
+                        lambda self, x: sizes.append(len(x.flatten(1).unique(dim=0)) - len(x)) or forward(self, x))
+    evaluate("resnet_mini", (stripes(75), stripes(60)), ["few_labels"], size=16, steps=3, baselines=False)
+    assert len(sizes) > 9 and set(sizes) == {0}
+
+
 def test_raw_pixels_have_nothing_to_tune():
     assert PROTOCOLS["few_labels"](Subject("raw pixels", None, 16), None, None, 0) is None
 
@@ -916,8 +925,32 @@ def test_processes_that_compute_features_keep_to_the_gpus_that_are_ours(tmp_path
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for visible, expected in (("4,5,6,7", "45674"), ("", "01230")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        pieces._start(tmp_path, 5)
+        pieces._start(tmp_path, 5, "auto", [])
         assert given[-5:] == list(expected)
+
+
+def test_features_by_several_processes_say_how_far_they_are(tmp_path, monkeypatch, capsys):
+    parts = [tmp_path / f"piece-{n}" for n in range(4)]
+    parts[0].touch()  # of an evaluation before
+
+    class Child:
+        returncode, waits = 0, 0
+
+        def __init__(self, command, **_):
+            pass
+
+        def communicate(self, timeout):
+            if self.waits < 2:
+                self.waits += 1
+                parts[self.waits].touch()
+                raise subprocess.TimeoutExpired("it", timeout)
+            return "", ""
+
+    monkeypatch.setattr("sslnb.notebook.PATIENCE", 0.0)
+    monkeypatch.setattr(pieces.subprocess, "Popen", Child)
+    pieces._start(tmp_path, 1, "auto", parts)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(", ")[0] for line in told] == [f"Features by 1 processes: pieces: {n} of 4" for n in (2, 3)]
 
 
 @pytest.mark.parametrize("changes, words", [({"processes": 0}, "processes 0 is impossible"),

@@ -180,6 +180,7 @@ def test_numbers_of_views_are_those_of_some_method_and_your_own_demo_stays_as_it
         "from sslnb.methods.simclr import RECIPES, SimCLR\nMine = SimCLR\n"
         "RECIPES = {'demo': RECIPES['demo'].with_(method='own_views.py:Mine', flip=0.1)}\n")
     assert resolve("own_views.py:Mine", data="cifar10").numbers["flip"] == 0.1
+    assert "flip" not in resolve("sslnb.methods.simclr:SimCLR", data="cifar10").numbers, "ours by another name"
 
 
 def test_the_shape_of_a_schedule_survives_a_short_trial():
@@ -379,7 +380,7 @@ def test_what_is_not_wrong_stays_allowed():
 
 OWN = """
 from sslnb.methods.byol import BYOL
-from sslnb.recipes import OF_VIEWS, Recipe, resolve
+from sslnb.recipes import Recipe, resolve
 
 
 class Mine(BYOL):

@@ -80,7 +80,7 @@ def _read(piece: Path) -> tuple[Tensor, list[int], list[str]]:
     return part["x"], part["index"].tolist(), json.loads(piece.with_suffix(".json").read_text())
 
 
-def _start(place: Path, processes: int, device: str = "auto", pieces: Sequence[Path] = ()) -> None:
+def _start(place: Path, processes: int, device: str, pieces: Sequence[Path]) -> None:
     """All processes of this machine, each with a GPU of its own if there are any."""
     def done() -> int:
         return sum(piece.exists() for piece in pieces)
