@@ -4,7 +4,7 @@ import contextlib
 import math
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .train import Trainer
 
 NORMS = ("grad_norm", "weight_norm")
+LEAST_SCALE = 1e-4
 LOOKS = 12  # about this many measurements per run
 BANK, PAIRS, SHOWN = 1000, 256, 8  # images for kNN and rank, for alignment, for snapshots
 
@@ -150,6 +151,20 @@ class FiniteWatch:
             return
         if not bad:
             raise NonFinite("The loss of another process is not finite; its file in the run directory says where.")
+        self._end(step, bad, f"{', '.join(bad)} is not finite at step {step}")
+
+    def stop_if_hopeless(self) -> None:
+        """fp16 halves the factor of the loss in every step that it skips. Gradients that are not finite with a tiny one
+        (the bound is fairseq's) are not too large for fp16: something else is wrong, and it would skip for ever."""
+        t = self.t
+        if (scale := t.accelerator.scaler.get_scale()) < LEAST_SCALE:
+            step = t.step - 1
+            self._end(step, ["grad_norm"], f"grad_norm is not finite at step {step}, though fp16 multiplies the loss "
+                      f"by only {scale:.1g} after {t.skipped} skipped steps")
+
+    def _end(self, step: int, bad: list[str], said: str) -> NoReturn:
+        """Keep the batch of this step, and raise."""
+        t = self.t
         path = t.run.path / f"nonfinite_step_{step:08d}_rank{t.accelerator.process_index}.pt"
         # The batch is gone by now, but it depends on seed, epoch and step alone: make it again.
         t._seek(step)
@@ -157,8 +172,8 @@ class FiniteWatch:
         micro = [next_batch(batches) for _ in range(t.recipe.accum)]
         torch.save({"step": step, "terms": bad, "index": [index for _, index, _, _ in micro],
                     "views": [t.views.photometric(crops, seeds) for crops, _, seeds, _ in micro]}, path)
-        raise NonFinite(f"{', '.join(bad)} is not finite at step {step}; the batch is in {path.name}. "
-                        "Try a lower lr, a longer warm-up, or bf16 instead of fp16.")
+        raise NonFinite(f"{said}; the batch is in {path.name}. Try a lower lr, a longer warm-up, or bf16 instead of "
+                        "fp16.")
 
 
 class Meter:

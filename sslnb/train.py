@@ -221,6 +221,7 @@ class Trainer:
         self.step += 1
         if self.accelerator.optimizer_step_was_skipped:  # fp16 overflow: no update, so no EMA either
             self.skipped += 1
+            self.finite.stop_if_hopeless()
         else:
             self.method.after_step(progress)
         return {**sums, "lr": torch.tensor(lr)}

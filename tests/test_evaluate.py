@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -881,6 +882,30 @@ def test_features_of_two_processes_are_those_of_one_and_pieces_are_kept(tmp_path
     before = {p: p.stat().st_mtime_ns for p in kept[1:]}
     evaluate(run, protocols=["knn"], out=tmp_path / "two", processes=2)
     assert kept[0].exists() and before == {p: p.stat().st_mtime_ns for p in kept[1:]}, "only what was missing"
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_two_evaluations_may_compute_the_same_piece_at_once(tmp_path, monkeypatch, moment):
+    """When one has written one of its four files and not yet moved it in, the other does all of the same work."""
+    images, source = data.load("digits_scattered", "test").subset(range(40)), open_source("resnet_mini", 0)
+    network, written, sync = source.backbone(20), [], os.fsync
+
+    def evaluated():
+        return pieces.features_by_pieces(source, network, images, 20, 0, tmp_path, 1)
+
+    def meanwhile(handle):
+        written.append(1)
+        if len(written) == moment + 1:
+            evaluated()
+        sync(handle)
+
+    monkeypatch.setattr(pieces, "load", lambda name, split: images)
+    monkeypatch.setattr(pieces, "_start", lambda place, *how: pieces.compute(place, 0, 1, "cpu"))
+    monkeypatch.setattr(pieces, "limit_threads", lambda processes: None)
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    assert len(evaluated().index) == len(images) and len(written) == 4 + (2 if moment < 2 else 4)
+    left = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()]
+    assert len(left) == 4 and all(len(p.parts) == 3 for p in left), "no drafts"
 
 
 def test_images_that_no_other_process_can_load_are_refused(tmp_path):

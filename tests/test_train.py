@@ -297,13 +297,13 @@ class Spoilt(torch.autograd.Function):
 
 
 def spoil(monkeypatch, at, gradient):
-    """SimCLR's gradient is that in the forward pass with this number, the loss stays finite."""
+    """SimCLR's gradient is that in the forward passes with these numbers, the loss stays finite."""
     forward, calls = methods.get("simclr").forward, []
 
     def spoilt(self, views, index=None):
         out = forward(self, views, index)
         calls.append(1)
-        return {**out, "loss": Spoilt.apply(out["loss"], gradient)} if len(calls) == at else out
+        return {**out, "loss": Spoilt.apply(out["loss"], gradient)} if len(calls) in at else out
 
     monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", spoilt)
 
@@ -311,7 +311,7 @@ def spoil(monkeypatch, at, gradient):
 @pytest.mark.parametrize("every", [1, 4], ids=["looked at each step", "looked at now and then, as on a GPU"])
 def test_a_gradient_that_is_not_finite_stops_at_its_own_step(tiny, tmp_path, monkeypatch, every):
     """At the last step before the monitor looks and a checkpoint is written, when nothing but the gradient is bad."""
-    spoil(monkeypatch, 8, float("nan"))
+    spoil(monkeypatch, [8], float("nan"))
     run = prepare(tiny(), out=tmp_path / "run")
     ends(run, every, "^grad_norm is not finite at step 7; the batch is in nonfinite_step_00000007")
     assert torch.load(next(run.path.glob("nonfinite*")), weights_only=True)["terms"] == ["grad_norm"]
@@ -319,18 +319,36 @@ def test_a_gradient_that_is_not_finite_stops_at_its_own_step(tiny, tmp_path, mon
     assert pretrain(tiny(), out=tmp_path / "run").status()["state"] == "done"
 
 
-def test_a_step_that_fp16_skips_is_no_fault(tiny, tmp_path, monkeypatch):
+def in_fp16(run, monkeypatch, scale):
+    """A trainer with the scaler that fp16 has on a GPU."""
     from accelerate.optimizer import AcceleratedOptimizer
 
-    spoil(monkeypatch, 3, float("inf"))
-    trainer = Trainer(prepare(tiny(), out=tmp_path / "run"))
-    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    trainer = Trainer(run)
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
     trainer.optimizer = AcceleratedOptimizer(trainer.optimizer.optimizer, scaler=scaler)
     trainer.accelerator._optimizers = [trainer.optimizer]
     monkeypatch.setattr(trainer.accelerator, "unscale_gradients", lambda: scaler.unscale_(trainer.optimizer.optimizer))
+    return trainer
+
+
+def test_a_step_that_fp16_skips_is_no_fault(tiny, tmp_path, monkeypatch):
+    spoil(monkeypatch, [3], float("inf"))
+    trainer = in_fp16(prepare(tiny(), out=tmp_path / "run"), monkeypatch, scale=2.0)
     trainer.fit(Stop())
     trainer.close()
     assert trainer.run.status()["state"] == "done" and trainer.run.status()["skipped_steps"] == 1
+
+
+def test_a_run_that_fp16_would_skip_for_ever_ends(tiny, tmp_path, monkeypatch):
+    """The factor of the loss is 4e-4, 2e-4 and 1e-4 after the first three of these steps, and too small after four."""
+    spoil(monkeypatch, [2, 3, 4, 6], float("nan"))
+    trainer = in_fp16(prepare(tiny(), out=tmp_path / "run"), monkeypatch, scale=8.1e-4)
+    with pytest.raises(NonFinite, match="^grad_norm is not finite at step 5, though fp16 multiplies the loss by only "
+                                        "5e-05 after 4 skipped steps; the batch is in nonfinite_step_00000005"):
+        trainer.fit(Stop())
+    trainer.close()
+    saved = torch.load(next(trainer.run.path.glob("nonfinite*")), weights_only=True)
+    assert saved["step"] == 5 and saved["terms"] == ["grad_norm"] and saved["views"]
 
 
 def test_weights_that_are_not_finite_are_neither_looked_at_nor_saved(tiny, tmp_path, monkeypatch):

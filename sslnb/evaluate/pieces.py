@@ -2,7 +2,8 @@
 
     python -m sslnb.evaluate.pieces JOB 3 8      the 4th of 8 processes; evaluate(processes=8) starts all of a machine
 
-Processes need not talk to each other, so a job's pieces may be computed on any machines that share the folder.
+Processes need not talk to each other, so a job's pieces may be computed on any machines that share the folder. Two
+evaluations may write the same file: each writes in a folder of its own and moves it in when it is whole.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +62,14 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
         raise InputError(f"{job.data} ({job.split}) loads other images than those that are evaluated, and other "
                          "processes load them by name; give the name or the path of the whole set, or processes=1.")
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(draft := folder / f".weights-{os.getpid()}.safetensors", network.state_dict())
-    said = json.dumps({**vars(job), "weights": checksum(draft), **these})
-    place = folder / "features" / hashlib.sha256(said.encode()).hexdigest()[:10]
-    place.mkdir(parents=True, exist_ok=True)
-    draft.replace(place / "weights.safetensors")
-    if not (place / "job.json").exists():  # another evaluation may be reading the same one
-        write_atomic(place / "job.json", said)
+    with TemporaryDirectory(dir=folder) as apart:
+        save_tensors(weights := Path(apart, "weights.safetensors"), network.state_dict())
+        said = json.dumps({**vars(job), "weights": checksum(weights), **these})
+        place = folder / "features" / hashlib.sha256(said.encode()).hexdigest()[:10]
+        place.mkdir(parents=True, exist_ok=True)
+        weights.replace(place / weights.name)
+        write_atomic(told := Path(apart, "job.json"), said)
+        told.replace(place / told.name)
     pieces = [_piece(place, n) for n in range(_count(job, images))]
     if not all(piece.exists() for piece in pieces):
         _start(place, min(processes, len(pieces)), device, pieces)
@@ -131,9 +134,11 @@ def compute(place: Path, rank: int, processes: int, device: str) -> None:
         part = images.subset(range(n * job.piece, min(len(images), (n + 1) * job.piece)))
         found = extract(network, part, size=job.size, pool=job.pool, device=device,
                         workers=loader_workers("auto", part, processes))
-        write_atomic(_piece(place, n).with_suffix(".json"), json.dumps(found.broken))
-        # Last: a piece that is there is whole.
-        save_tensors(_piece(place, n), {"x": found.x, "index": found.index + n * job.piece})
+        with TemporaryDirectory(dir=place) as apart:
+            save_tensors(piece := Path(apart, "x"), {"x": found.x, "index": found.index + n * job.piece})
+            write_atomic(broken := Path(apart, "broken"), json.dumps(found.broken))
+            broken.replace(_piece(place, n).with_suffix(".json"))
+            piece.replace(_piece(place, n))  # last: a piece that is there is whole
 
 
 def _count(job: Job, images: Images) -> int:
