@@ -11,7 +11,7 @@ Names are imported when they are first used, so `import sslnb` is quick and touc
 
 from importlib import import_module
 
-_HOMES = {"pretrain": "train", "prepare": "checks", "Run": "run", "Recipe": "recipes", "resolve": "recipes",
+_HOMES = {"pretrain": "train", "prepare": "checks", "Run": "run", "Recipe": "recipes", "resolve": "choice",
           "load": "data", "InputError": "errors", "preflight": "estimate"}
 __all__ = list(_HOMES)
 

@@ -5,7 +5,8 @@ names, so what is trained here loads anywhere timm does.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ MINI = {
     "swin_mini": ("swin_tiny_patch4_window7_224", {"patch_size": 2, "embed_dim": 32, "depths": (2, 2),
                                                    "num_heads": (2, 4), "window_size": 7}),
 }
+SHAPE = {"layers", "channels", "depth", "depths", "embed_dim", "num_heads", "patch_size"}  # arguments of one network
 SMALL_IMAGE = 64  # up to this size a ResNet gets the 3x3 stem without pooling; 7x7/2 + pool would leave 2x2 maps
 
 
@@ -76,6 +78,17 @@ def as_timm(name: str, size: int, **arguments) -> tuple[str, dict]:
         # With "avg", its default, timm has no norm at the end of the tokens: a head's own norm takes its place.
         arguments.setdefault("global_pool", "token")
     return base, arguments
+
+
+def kind(name: str) -> str:
+    """The family of a network: "resnet" of resnet_mini, resnet18 and resnet50, "vit" of vit_small_patch16_224."""
+    return re.match("[a-z]*", name)[0]
+
+
+def carried_over(arguments: Mapping[str, object], old: str, new: str) -> dict[str, object]:
+    """Those of a network's arguments that hold for another one too: within a kind all but its shape, else `sobel`."""
+    same = kind(old) == kind(new)
+    return {name: value for name, value in arguments.items() if name == "sobel" or same and name not in SHAPE}
 
 
 def small_stem(backbone: nn.Module, size: int) -> bool:

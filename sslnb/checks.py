@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from . import limits, methods
+from .choice import resolve
 from .data import Images, said
 from .errors import InputError, unknown
 from .files import read_jsonl, write_atomic
 from .launch import can_compute_in
 from .nodes import same_images
-from .recipes import Recipe, method_numbers, resolve
+from .recipes import Recipe, method_numbers
 from .run import Run
 from .trial import try_out
 

@@ -133,8 +133,8 @@ def focal_frequency(prediction: Tensor, target: Tensor, images: int) -> Tensor:
         D = |mean of F(prediction) - mean of F(target)|,   ω = sg[log(1 + D) / max log(1 + D)],   loss = mean of ω D²
 
     F is the orthonormal 2-D Fourier transform; means over groups of at most `images` images, which is what one GPU of
-    the official runs holds: another number of processes leaves the groups, and so the loss, as they are. The transform
-    is linear, so that of a group's mean image does for all of them.
+    the official runs holds: fewer processes leave the groups, and so the loss, as they are, and with more a group is
+    what a process holds. The transform is linear, so that of a group's mean image does for all of them.
     """
     parts = in_groups(prediction - target, images)
     difference = torch.stack([part.mean(0) for part in parts])  # G x C x H x W

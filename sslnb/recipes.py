@@ -1,13 +1,11 @@
 """Recipe: every number of a run in one frozen object beside its method. Name and total batch are derived."""
 
+import contextlib
 import dataclasses
 import inspect
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,9 +15,6 @@ from .errors import InputError, unknown
 PRECISIONS = ("fp32", "bf16", "fp16")
 SAME_RESULT = {"data", "gpus", "batch", "accum", "chunk", "precision", "pool", "force_accum", "source", "sources",
                "published", "note"}  # what of a recipe may change without its published numbers becoming another's
-DRAWINGS = "digits", "digits_scattered", "fashion_small", "fashion_mnist"  # small and grey: what our demos are made for
-OF_VIEWS = {"crop", "pad", "flip", "rotate", "jitter", "hue", "grey", "blur", "solarize", "small_views", "small_size",
-            "small_crop", "zoom", "patch", "gap"}  # the numbers that say what views change
 SHORT = {"resnet50": "r50", "vit_base_patch16_224": "vit_base", "vit_small_patch16_224": "vit_small"}
 
 
@@ -28,7 +23,8 @@ class Recipe:
     """What a run does. Lengths are in epochs; `batch` is per process; `lr` is the real learning rate, not a base.
 
     `chunk`: so many images of the batch go through the backbone at a time, twice, so that a big batch fits a small
-    memory and its gradient stays what it is (sslnb/chunks.py); 0: all at once.
+    memory; its gradient stays what it is, but for batch norm in the backbone, which sees a chunk (sslnb/chunks.py); 0:
+    all at once.
 
     The learning rate rises linearly from `warmup_from` (a share of lr); `milestones` are the epochs at which schedule
     "step" multiplies it by `gamma`; `lr_by_epoch` holds it still within an epoch after that; with `cosine_from_start`
@@ -157,8 +153,8 @@ class Recipe:
     def with_(self, **changes: Any) -> "Recipe":
         """A copy with some values changed: fields by name, and numbers of the method by name.
 
-        Milestones move with another length. Another `backbone` drops `backbone_numbers` that are not given anew: they
-        were the old one's. What was `published` for the recipe is not for one that learns otherwise.
+        Milestones move with another length. Another `backbone` takes over those `backbone_numbers` that hold for it
+        too. What was `published` for the recipe is not for one that learns otherwise.
         """
         fields = {f.name for f in dataclasses.fields(self)}
         own = {k: v for k, v in changes.items() if k in fields}
@@ -191,34 +187,57 @@ class Recipe:
             raise InputError(f"warmup_epochs {own['warmup_epochs']!r} is longer than the run, which has "
                              f"{own.get('epochs', self.epochs)} epochs; use fewer, or train for longer.")
         if own.get("backbone", self.backbone) != self.backbone:
-            own.setdefault("backbone_numbers", {})
-        if any(getattr(self, k) != v for k, v in own.items() if k not in SAME_RESULT):
-            own.setdefault("published", {})
-        return dataclasses.replace(self, **own)
+            from .backbones import carried_over
+
+            own.setdefault("backbone_numbers", carried_over(self.backbone_numbers, self.backbone, own["backbone"]))
+        other = dataclasses.replace(self, **own)
+        if "published" not in own and (other.total_batch != self.total_batch or any(
+                getattr(self, k) != v for k, v in own.items() if k not in SAME_RESULT)):
+            other = dataclasses.replace(other, published={})
+        return other
 
     def on(self, gpus: int, batch: int | None = None) -> "Recipe":
-        """The same total batch on other hardware: accumulates where the method allows it, else grows `batch`."""
+        """The same total batch on other hardware: accumulates where the method allows it, else grows `batch`.
+
+        A row that accumulates although its method compares the images of a batch keeps how many those are.
+        """
         from . import methods
 
         limits.check("gpus", gpus)
         if batch is not None:
             limits.check("batch", batch)
         method, total = methods.get(self.method), self.total_batch
-        if gpus > total:
-            raise InputError(f"A total batch of {total} cannot be split over {gpus} processes; use at most {total}.")
-        accumulable, chunks = method.accumulable or self.force_accum, method.chunks
+        parts = self.accum if self.force_accum else 1  # batches whose images are compared
+        free = method.accumulable or self.force_accum and parts == 1
         if batch is None:
-            batch = min(self.batch, total // gpus) if accumulable else total // gpus
+            batch = min(self.batch, total // gpus) if free else total // parts // gpus
         accum = total / max(1, gpus * batch)
-        if accum != int(accum) or accum < 1:
-            raise InputError(f"A total batch of {total} cannot be split over {gpus} processes x {batch} images; "
-                             "choose numbers that divide it.")
-        if accum > 1 and not accumulable:
+        if batch < 1 or accum != int(accum) or accum < 1:
+            in_parts = f", {parts} x {total // parts}," * (parts > 1)
+            raise InputError(f"A total batch of {total}{in_parts} cannot be split over {gpus} processes x {batch} "
+                             "images; choose numbers that divide it.")
+        if not free and accum != parts:
+            chunk = ", with chunk=64 or so if its memory is too small," * method.chunks
             raise InputError(f"{self.method} must not accumulate: it looks at all images of one batch together, so "
-                             f"{int(accum)} batches of {batch} are another method than one of {total}. "
-                             f"Use batch={total // gpus}{', with chunk=64 or so if its memory is too small,' * chunks} "
-                             "or more processes, or force_accum=True if you mean it.")
+                             f"{int(accum)} batches of {gpus * batch} are another method than {parts} of "
+                             f"{total // parts}. Use batch={total // parts // gpus}{chunk} or more processes, or "
+                             "force_accum=True if you mean it.")
         return self.with_(gpus=gpus, batch=batch, accum=int(accum))
+
+    def in_batches(self, batch: int, gpus: int) -> "Recipe":
+        """With `batch` images per process. A recipe for several GPUs, or that accumulates, keeps its total batch where
+        the method may accumulate. Else the total is another one, and the note says what that means for lr.
+        """
+        if True:
+            with contextlib.suppress(InputError):
+                return self.on(gpus, batch)
+        other = self.with_(gpus=gpus, batch=batch, accum=1)
+        here, there = other.total_batch, self.total_batch
+        if here == there or self.source_of("lr") == "you":
+            return other
+        note = (f"Your batch makes it {here} images per step, and lr {self.lr:g} was chosen for {there}: in proportion "
+                f"it would be {self.lr * here / there:.3g}.")
+        return other.with_(note=f"{note} {other.note}".strip())
 
     def build(self):
         """The method with a freshly initialised backbone, from torch's current random state."""
@@ -233,7 +252,8 @@ class Recipe:
     def describe(self, images: int | None = None) -> str:
         """The resolved recipe as text: what will run, and where each number comes from."""
         warm = f"{self.warmup_steps} steps" if self.warmup_steps else f"{self.warmup_epochs:g} epochs"
-        rows = [("method", self.method), ("backbone", f"{self.backbone} at {self.size} px"), ("data", self.data),
+        rows = [("method", self.method), ("backbone", f"{self.backbone} at {self.size} px"
+                 + "".join(f", {k} {v}" for k, v in self.backbone_numbers.items())), ("data", self.data),
                 ("total batch", f"{self.gpus} x {self.batch} x {self.accum} = {self.total_batch} images per step"
                  + f", {self.chunk} at a time through the backbone, twice" * bool(self.chunk)),
                 ("optimizer", f"{self.optimizer}, weight decay {self.weight_decay:g}"),
@@ -270,50 +290,3 @@ def method_numbers(method: str) -> dict[str, Any]:
 
     parameters = inspect.signature(methods.get(method).__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def is_imagenet(data: str | Path) -> bool:
-    """The name "imagenet", or a folder whose train/ (or itself) holds synset folders such as n01440764."""
-    if str(data) == "imagenet":
-        return True
-    root = Path(os.path.expanduser(data))  # as `load` does
-    train = root / "train" if (root / "train").is_dir() else root
-    return train.is_dir() and sum(bool(re.fullmatch(r"n\d{8}", p.name)) for p in train.iterdir()) >= 1000
-
-
-def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes: int | str = "auto",
-            **changes: Any) -> Recipe:
-    """The recipe that a notebook's parameters mean. A value "auto" leaves the recipe's own.
-
-    recipe "auto": the zoo's ImageNet recipe if `data` is ImageNet (the row with the wanted epochs if there is one),
-    else the demo recipe; on other images than digits and clothes this has the views that the method has by default, as
-    for photographs. `processes` keeps the total batch. Errors: InputError for unknown names and bad numbers.
-    """
-    from . import methods
-    from .data import said
-
-    data = said(data) if isinstance(data, Path) else data
-    limits.check("data", data)
-    if processes != "auto":
-        limits.check("processes", processes)
-    changes = {k: v for k, v in changes.items() if not (isinstance(v, str) and v == "auto")}
-    known = methods.recipes(method)
-    if recipe == "auto":
-        rows = [r for name, r in known.items() if name != "demo"]
-        if data != "auto" and is_imagenet(data) and rows:
-            chosen = next((r for r in rows if r.epochs == changes.get("epochs")), rows[0])
-        else:
-            chosen = known["demo"] if "demo" in known else unknown(f"recipe of {method}", "demo", known)
-    elif recipe in known:
-        chosen = known[recipe]
-    else:
-        unknown(f"recipe of {method}", recipe, known)
-    if data != "auto":
-        changes["data"] = data
-        if chosen is known.get("demo") and limits.is_ours(method) and data not in DRAWINGS:
-            others = {name: value for name, value in chosen.numbers.items() if name not in OF_VIEWS}
-            note = f"Your images get the method's own views, not those that we chose for {chosen.data}. {chosen.note}"
-            chosen = dataclasses.replace(chosen, numbers=others, note=note.strip())
-    chosen = chosen.with_(**changes, sources={**chosen.sources, **dict.fromkeys(changes, "you")})
-    limits.check_fit(method, methods.get(method), chosen.numbers)
-    return chosen if processes in ("auto", chosen.gpus) else chosen.on(processes)

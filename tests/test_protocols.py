@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -13,7 +14,7 @@ from sslnb import Run, data, methods, pretrain
 from sslnb.errors import InputError
 from sslnb.evaluate.features import extract
 from sslnb.evaluate.linear import LINEAR
-from sslnb.evaluate.protocol import train_protocol
+from sslnb.evaluate.protocol import fitted_to, named, train_protocol
 from sslnb.evaluate.sources import open_source
 from sslnb.evaluate.supervised import Supervised, labels_of
 
@@ -39,6 +40,17 @@ def test_the_linear_protocols_are_those_of_the_spec(name, total, lr, decay, opti
     r = LINEAR[name]
     assert (r.total_batch, r.lr, r.weight_decay, r.optimizer, r.epochs) == (total, lr, decay, optimizer, epochs)
     assert r.size == 224 and r.sgd_momentum == 0.9 and r.warmup_epochs == 0
+
+
+def test_a_batch_of_ones_own_keeps_the_total_of_a_protocol_unless_accum_says_more(source):
+    def sizes(**changes):
+        r = fitted_to(open_source(source, 0), LINEAR["linear_simsiam"], "digits_scattered", None, **changes)
+        return r.gpus, r.batch, r.accum
+
+    assert LINEAR["linear_simsiam"].total_batch == 4096
+    assert sizes(processes=4, batch=256) == (4, 256, 4) and sizes(processes=1, batch=1024) == (1, 1024, 4)
+    assert sizes(processes=1, batch=96) == (1, 96, 1), "which does not divide it"
+    assert sizes(processes=8, batch=64, accum=1) == (8, 64, 1)
 
 
 def test_rates_change_once_per_epoch():
@@ -91,7 +103,10 @@ def test_the_row_is_what_the_head_says_of_every_test_image(source, probed):
 
 def test_the_row_says_what_was_changed_and_is_written_beside_both_runs(source, probed):
     row, run = probed
-    assert row["protocol"] == "linear_barlowtwins, with epochs 3, batch 8"
+    assert run.recipe.total_batch == PROBE.total_batch == 256 == 8 * run.recipe.accum
+    assert row["protocol"] == "linear_barlowtwins, with epochs 3", "the total batch is the protocol's"
+    other = SimpleNamespace(recipe=run.recipe.with_(accum=1))
+    assert named("linear_barlowtwins", {"epochs": 3, "batch": 8}, other) == f"{row['protocol']}, batch 8"
     for folder in (run.path, source.path):
         assert json.loads((folder / "results.jsonl").read_text().splitlines()[-1]) == row
     assert [r["epoch"] for r in run.history("test")] == [1, 2, 3]

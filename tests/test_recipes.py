@@ -11,8 +11,9 @@ from PIL import Image
 
 from sslnb import evaluate, limits, methods, pretrain
 from sslnb.checks import prepare
+from sslnb.choice import OF_VIEWS, is_imagenet, resolve
 from sslnb.errors import InputError
-from sslnb.recipes import OF_VIEWS, Recipe, is_imagenet, method_numbers, resolve
+from sslnb.recipes import Recipe, method_numbers
 from sslnb.trial import try_out
 
 ALL = [(m, name) for m in methods.METHODS for name in methods.recipes(m)]
@@ -102,9 +103,81 @@ def test_a_method_whose_batch_is_its_negatives_is_not_accumulated():
     assert simclr.with_(force_accum=True).on(1, 64).accum == 8
 
 
+@pytest.mark.parametrize("method", ["mocov3", "barlowtwins", "swav"])
+def test_a_row_that_accumulates_such_a_method_compares_as_many_images_on_any_hardware(method):
+    row = resolve(method, data="imagenet")
+    assert row.accum > 1 and row.force_accum
+    for gpus in (1, 4, 16):
+        other = resolve(method, data="imagenet", processes=gpus)
+        assert (other.gpus, other.gpus * other.batch, other.accum) == (gpus, row.gpus * row.batch, row.accum)
+    with pytest.raises(InputError, match=f"{2 * row.accum} batches of 256 are another method than {row.accum} of 512. "
+                                         "Use batch=128, with chunk=64 or so"):
+        row.on(4, 64)
+    with pytest.raises(InputError, match=f"{row.total_batch}, {row.accum} x 512, cannot be split over 3 processes"):
+        row.on(3)
+    with pytest.raises(InputError, match="must not accumulate: .* are another method than 1 of"):
+        other.with_(force_accum=False).on(gpus, other.batch)
+
+
+@pytest.mark.parametrize("method, changes, expected", [
+    ("byol", {"batch": 32, "processes": 8}, (8, 32, 16)), ("mae", {"batch": 512, "processes": 8}, (8, 512, 1)),
+    ("mocov2", {"batch": 32, "processes": 8}, (8, 32, 1)), ("mocov2", {"batch": 128}, (4, 128, 1)),
+    ("simclr", {"batch": 64, "processes": 1}, (1, 64, 1)), ("mae", {"batch": 96, "processes": 8}, (8, 96, 1)),
+    ("simclr", {"batch": 64, "processes": 1, "force_accum": True}, (1, 64, 8)),
+    ("mocov3", {"batch": 64, "processes": 4}, (4, 64, 1)), ("mae", {"batch": 64, "accum": 2}, (8, 64, 2))])
+def test_a_batch_of_ones_own_keeps_the_total_of_a_row_where_the_method_may_accumulate(method, changes, expected):
+    row, recipe = (resolve(method, data="imagenet", **of) for of in ({}, changes))
+    assert (recipe.gpus, recipe.batch, recipe.accum) == expected and recipe.source_of("batch") == "you"
+    same = recipe.total_batch == row.total_batch
+    assert bool(recipe.published) == same and (recipe.note == row.note) == (same or "accum" in changes)
+    if recipe.note != row.note:
+        lr = row.lr * recipe.total_batch / row.total_batch
+        assert recipe.note.startswith(f"Your batch makes it {recipe.total_batch} images per step, and lr {row.lr:g} "
+                                      f"was chosen for {row.total_batch}: in proportion it would be {lr:.3g}.")
+        assert resolve(method, data="imagenet", lr=0.5, **changes).note == row.note, "their own lr is theirs to choose"
+
+
+def test_a_batch_of_ones_own_is_that_of_each_process_in_a_demo():
+    demo = resolve("mae")
+    for processes in (1, 2):
+        recipe = resolve("mae", batch=25, processes=processes)
+        assert (recipe.gpus, recipe.batch, recipe.accum) == (processes, 25, 1), "a small folder needs a small total"
+        assert recipe.note.startswith(f"Your batch makes it {25 * processes} images per step, and lr {demo.lr:g} was")
+
+
+@pytest.mark.parametrize("method, backbone, epochs, row", [
+    ("mocov3", "resnet50", 100, "r50_16xb256_cos_lr9_6_fp16_ep100"),
+    ("mocov3", "resnet101", 7, "r50_4xb256_accu4_cos_fp16"),
+    ("mocov3", "vit_small_patch16_224", 100, "vit_small_8xb64_accu8_cos_fp16_ep300"),
+    ("mocov3", "vit_base_patch16_224", 300, "vit_small_8xb64_accu8_cos_fp16_ep300"),
+    ("simmim", "beit_base_patch16_224", 800, "vit_base_rgb_m_sz224_8xb128_accu2_step_fp16_ep800"),
+    ("a2mim", "beit_base_patch16_224", 100, "vit_base_l0_sz224_8xb128_accu2_step_ep800"),
+    ("byol", "vit_small_patch16_224", 300, "r50_8xb64_accu8_cos_lr4_8_fp16_ep300")])
+def test_of_several_rows_that_for_the_backbone_is_taken(method, backbone, epochs, row):
+    found = resolve(method, data="imagenet", backbone=backbone, epochs=epochs)
+    assert found == methods.recipes(method)[row].with_(backbone=backbone, epochs=epochs, sources=found.sources,
+                                                       data="imagenet")
+
+
+def test_another_backbone_takes_over_what_holds_for_it_too():
+    def numbers(method, backbone, **of):
+        return dict(resolve(method, backbone=backbone, **of).backbone_numbers)
+
+    assert numbers("deepcluster", "resnet18") == {"sobel": True}, "the filter is the method's"
+    assert numbers("deepcluster", "resnet101", data="imagenet") == {"sobel": True, "zero_init_last": False}
+    assert numbers("deepcluster", "vgg11", data="imagenet") == {"sobel": True}
+    assert numbers("mocov3", "vit_base_patch16_224", data="imagenet") == {}, "12 heads are ViT-S's"
+    assert numbers("rotation", "resnet18") == {}, "layers and channels are the mini's"
+    assert numbers("cae", "beit_large_patch16_224", data="imagenet") == {
+        "use_abs_pos_emb": True, "use_rel_pos_bias": False, "init_values": 0.1}
+    said = resolve("deepcluster", backbone="resnet18").describe()
+    assert "resnet18 at 20 px, sobel True" in said
+
+
 def test_what_was_published_for_a_recipe_is_not_for_another():
     r = resolve("byol", data="imagenet", epochs=300)
-    for changes in ({"epochs": 10}, {"lr": 1.0}, {"backbone": "resnet18"}, {"momentum": 0.5}, {"size": 160}):
+    for changes in ({"epochs": 10}, {"lr": 1.0}, {"backbone": "resnet18"}, {"momentum": 0.5}, {"size": 160},
+                    {"batch": 32}, {"accum": 4}):
         assert not r.with_(**changes).published, changes
     same = r.with_(data="/data/imagenet", gpus=4, batch=64, accum=16, precision="bf16", lr=r.lr)
     assert r.published and r.on(2).published == r.published == same.published
@@ -380,7 +453,8 @@ def test_what_is_not_wrong_stays_allowed():
 
 OWN = """
 from sslnb.methods.byol import BYOL
-from sslnb.recipes import Recipe, resolve
+from sslnb import resolve
+from sslnb.recipes import Recipe
 
 
 class Mine(BYOL):

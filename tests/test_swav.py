@@ -244,7 +244,7 @@ def test_the_zoos_row_is_the_real_model():
     assert ZOO.total_batch == 4096 and ZOO.steps_per_epoch(1_281_167) == steps == 312
     assert ZOO.lr_at(0, steps) == pytest.approx(9.6 * 0.3 / 4.8) and ZOO.lr_at(10 * steps, steps) == 9.6
     assert ZOO.lr_at(200 * steps, steps) == pytest.approx(6e-4)
-    assert ZOO.on(16).accum == 4, "the zoo accumulates; that it is forced is in the row's note"
+    assert ZOO.on(16).accum == 8, "the zoo accumulates; that it is forced is in the row's note"
 
 
 @pytest.mark.slow

@@ -123,7 +123,7 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     for name, train_it in trainers.items():  # everything is looked at before anything trains
         about_the_run = {*inspect.signature(train_from).parameters, *inspect.signature(train_it).parameters}
         changes = {key: value for key, value in settings.items() if key not in about_the_run}
-        fitted_to(source, RECIPES[name], data, size, **changes)
+        fitted_to(source, RECIPES[name], data, size, processes, **changes)
     trained = []
     for name, train_it in trainers.items():
         trained.append(train_it(source, name, data, seed=seed, size=size, workers=workers, processes=processes,

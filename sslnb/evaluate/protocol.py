@@ -118,7 +118,7 @@ def train_protocol(source, protocol: str, data: str | Path | None = None, out: s
     source = open_source(source, seed, backbone)
     source = source.untrained() if fresh else source
     run = train_from(source, recipe or find(protocol), data, out, seed=seed, **settings)
-    return write_row(run, source, named(protocol, settings))
+    return write_row(run, source, named(protocol, settings, run))
 
 
 def find(protocol: str) -> Recipe:
@@ -132,11 +132,14 @@ def find(protocol: str) -> Recipe:
 HOW_IT_RUNS = ("processes", "precision", "workers", "resume")  # and not what runs
 
 
-def named(protocol: str, settings: Mapping[str, Any]) -> str:
-    """The name of a protocol, with what was changed of it: "linear_moco, with epochs 3"."""
+def named(protocol: str, settings: Mapping[str, Any], run: Run | None = None) -> str:
+    """The name of a protocol, with what was changed of it: "linear_moco, with epochs 3". A batch is no change where the
+    `run` has the protocol's total."""
     from . import RECIPES
 
     recipe = RECIPES.get(protocol)
+    if run and recipe and run.recipe.total_batch == recipe.total_batch:
+        settings = {name: value for name, value in settings.items() if name != "batch"}
     own = {**method_numbers(recipe.method), **vars(recipe), **recipe.numbers} if recipe else {}
     changes = [f"{name} {value}" for name, value in settings.items()
                if name not in HOW_IT_RUNS and value is not None and value != own.get(name)]
@@ -148,21 +151,24 @@ def train_from(source: Source, recipe: Recipe, data: str | Path | None = None, o
                workers: int | str = "auto", resume: bool = True, **changes: Any) -> Run:
     """Train the recipe of a protocol, with `changes`, from the backbone of `source`.
 
-    `size`: of the crops, if not the protocol's, or the run's where that was trained at another size. The rest is as in
-    `pretrain`.
+    `size`: of the crops, if not the protocol's, or the run's where that was trained at another size. A `batch` among
+    the changes keeps the total where it can (`Recipe.in_batches`). The rest is as in `pretrain`.
     """
     from ..train import pretrain  # which measures features while it trains, with this package
 
-    recipe = fitted_to(source, recipe, data, size, **changes)
+    recipe = fitted_to(source, recipe, data, size, processes, **changes)
     start = _start(source, recipe, seed)
     return pretrain(recipe.with_(start=str(start)), out=out, processes=processes, precision=precision, seed=seed,
                     workers=workers, resume=resume)
 
 
-def fitted_to(source: Source, recipe: Recipe, data: str | Path | None, size: int | None, **changes: Any) -> Recipe:
+def fitted_to(source: Source, recipe: Recipe, data: str | Path | None, size: int | None, processes: int,
+              batch: int | None = None, **changes: Any) -> Recipe:
     """The recipe for this source, these data and `changes`. Errors: InputError if they do not fit."""
     kind = methods.get(recipe.method)
     recipe = kind.on_source(recipe, source, size).with_(data=said(data or source.data or recipe.data)).with_(**changes)
+    if batch is not None:
+        recipe = recipe.with_(batch=batch) if "accum" in changes else recipe.in_batches(batch, processes)
     return kind.fitted(recipe)
 
 

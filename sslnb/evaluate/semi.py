@@ -80,5 +80,5 @@ def semi_supervised(source, protocol: str = "semi_1", data: str | Path | None = 
                                                     ("hold_out", hold_out, HOLD_OUT)) if value != own}
     if not isinstance(fraction, float):
         settings.pop("fraction", None)  # the published splits are files, and stand in the row by themselves
-    return write_row(run, source, named(protocol, {**settings, **changed}), labels=len(run.recipe.load()),
+    return write_row(run, source, named(protocol, {**settings, **changed}, run), labels=len(run.recipe.load()),
                      fraction=run.recipe.fraction, **best, settings=found)

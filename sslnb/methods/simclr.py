@@ -5,7 +5,8 @@ Two views of every image; of all 2N views in the batch, each must find its partn
     z = g(f(x)),   ℓ(i) = −log  exp(ẑᵢ·ẑ_p(i) / τ)  /  Σ_{j≠i} exp(ẑᵢ·ẑⱼ / τ),   loss = mean over the 2N anchors
 
 Where we differ from the official TF code: the mean over anchors (there: the sum of two means, a factor 2 that LARS
-cancels for all adapted tensors), and crops with bilinear interpolation as in the zoo's runs (there: bicubic).
+cancels for all adapted tensors), an offset in the projector's last batch norm (there: only a scale), and crops with
+bilinear interpolation as in the zoo's runs (there: bicubic).
 """
 
 import torch
