@@ -228,7 +228,7 @@ class Recipe:
         """With `batch` images per process. A recipe for several GPUs, or that accumulates, keeps its total batch where
         the method may accumulate. Else the total is another one, and the note says what that means for lr.
         """
-        if True:
+        if self.gpus * self.accum > 1:
             with contextlib.suppress(InputError):
                 return self.on(gpus, batch)
         other = self.with_(gpus=gpus, batch=batch, accum=1)
