@@ -715,6 +715,22 @@ def test_bad_input_is_refused_before_any_work(source, tmp_path, changes, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("backbone", ["vit_mini", "swin_mini"])
+def test_a_transformer_that_cannot_be_tested_at_another_size_is_told_before_any_work(tmp_path, backbone):
+    with pytest.raises(InputError, match=f"{backbone} for images of 28 px cannot be tested on 39 px .*test_scale=1"):
+        train_protocol(backbone, "finetune_rsb_a3", "few_digits", tmp_path / "run", size=28, batch=26)
+    assert not (tmp_path / "run").exists()
+    FineTune.fitted(FINETUNE["finetune_rsb_a3"].with_(data="few_digits", backbone="resnet_mini", size=28, batch=26))
+
+
+@pytest.mark.parametrize("test_on, words", [("held out", "needs images that are held out: give hold_out=0.2"),
+                                            ("val", "Unknown images for test_on 'val'.*Known: held out, test")])
+def test_what_to_test_on_is_looked_at_before_any_work(source, tmp_path, test_on, words):
+    with pytest.raises(InputError, match=words):
+        train_protocol(source, "finetune_demo", out=tmp_path / "run", test_on=test_on)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_transformers_protocol_refuses_a_network_without_relative_positions(source, tmp_path):
     with pytest.raises(InputError, match="resnet_mini cannot be built as this protocol wants it .*use_rel_pos_bias"):
         train_protocol(source, "finetune_cae", out=tmp_path / "run")

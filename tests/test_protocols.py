@@ -12,9 +12,10 @@ from torch import nn
 
 from sslnb import Run, data, methods, pretrain
 from sslnb.errors import InputError
+from sslnb.evaluate import RECIPES
 from sslnb.evaluate.features import extract
 from sslnb.evaluate.linear import LINEAR
-from sslnb.evaluate.protocol import fitted_to, named, train_protocol
+from sslnb.evaluate.protocol import find, fitted_to, named, train_protocol
 from sslnb.evaluate.sources import open_source
 from sslnb.evaluate.supervised import Supervised, labels_of
 
@@ -51,6 +52,28 @@ def test_a_batch_of_ones_own_keeps_the_total_of_a_protocol_unless_accum_says_mor
     assert sizes(processes=4, batch=256) == (4, 256, 4) and sizes(processes=1, batch=1024) == (1, 1024, 4)
     assert sizes(processes=1, batch=96) == (1, 96, 1), "which does not divide it"
     assert sizes(processes=8, batch=64, accum=1) == (8, 64, 1)
+
+
+def test_a_row_says_how_many_images_batch_norm_saw_where_that_is_not_the_protocols(source):
+    """On fewer GPUs the total is accumulated; a probe's frozen backbone does not mind."""
+    def name(protocol, **sizes):
+        recipe = RECIPES[protocol].with_(backbone="resnet_mini", **sizes)
+        return named(protocol, {"batch": 64}, SimpleNamespace(recipe=recipe, backbone=source.backbone))
+
+    fewer = {"gpus": 1, "batch": 64, "accum": 4}
+    assert name("semi_1", **fewer) == "semi_1, with batch norm over 64"
+    assert name("semi_1") == "semi_1" and name("linear_moco", **fewer) == "linear_moco"
+    vit = SimpleNamespace(recipe=RECIPES["finetune_mae"].with_(gpus=1, accum=8), backbone=lambda: nn.LayerNorm(4))
+    assert named("finetune_mae", {}, vit) == "finetune_mae"
+
+
+@pytest.mark.parametrize("known, wrong, near", [(LINEAR, "linear_mocco", "linear_moco"), (LINEAR, "semi_1", None),
+                                                (None, "detect_dem", "detect_demo")])
+def test_a_protocol_that_is_unknown_or_of_another_kind_is_told_the_nearest(known, wrong, near):
+    hint = f"did you mean '{near}'" if near else "Known: "
+    with pytest.raises(InputError, match=f"Unknown protocol '{wrong}': {hint}"):
+        find(wrong, known)
+    assert find("linear_moco", known) == RECIPES["linear_moco"]
 
 
 def test_rates_change_once_per_epoch():

@@ -31,6 +31,7 @@ def test_the_recipes_are_the_zoos(name, decay, fraction):
         backbone, head = r.with_(head_lr=100.0).build().param_groups(r)
     assert all(m.training for m in method.backbone.modules())
     assert all(p.requires_grad for p in method.parameters()) and method.sync_bn and method.deterministic
+    assert method.test_every == 0, "tested once: the best epoch would be chosen on the test images"
     assert head["lr_scale"] == 100 and "lr_scale" not in backbone and backbone["weight_decay"] == decay
 
 

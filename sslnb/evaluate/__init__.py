@@ -29,7 +29,7 @@ from .linear import LINEAR, linear_probe
 from .multihead import MULTIHEAD
 from .protocol import fitted_to, named, train_from, train_protocol
 from .results import accuracy, interval, mean_interval, result_row, table
-from .semi import SEMI, semi_supervised
+from .semi import SEMI, check_rates, semi_supervised
 from .sources import Subject, open_source, subjects
 
 __all__ = ["PROTOCOLS", "RECIPES", "Outcome", "Subject", "evaluate", "interval", "mean_interval",
@@ -123,6 +123,8 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
     for name, train_it in trainers.items():  # everything is looked at before anything trains
         about_the_run = {*inspect.signature(train_from).parameters, *inspect.signature(train_it).parameters}
         changes = {key: value for key, value in settings.items() if key not in about_the_run}
+        if name in SEMI:
+            check_rates(name, settings)
         fitted_to(source, RECIPES[name], data, size, processes, **changes)
     trained = []
     for name, train_it in trainers.items():

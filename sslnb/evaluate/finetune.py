@@ -180,12 +180,18 @@ class FineTune(Supervised):
         if recipe.batch % 2 and (numbers.get("mixup", 1) or numbers.get("cutmix", 1)):
             raise InputError(f"batch {recipe.batch} is odd, and images are mixed in pairs; use an even one, or mixup=0 "
                              "and cutmix=0.")
+        side = round(recipe.size * numbers.get("test_scale", 1))
         try:
             with torch.device("meta"):
-                backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers)
+                network = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers)
+                if side != recipe.size:
+                    network.eval()(torch.zeros(1, 3, side, side))
         except TypeError as error:
             raise InputError(f"{recipe.backbone} cannot be built as this protocol wants it ({error}); choose a "
                              "protocol made for its kind of network.") from None
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(f"{recipe.backbone} for images of {recipe.size} px cannot be tested on {side} px "
+                             f"({error}); use test_scale=1.") from None
         return recipe
 
     @classmethod

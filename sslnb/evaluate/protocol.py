@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import methods
 from ..backbones import build
@@ -61,6 +62,12 @@ class Protocol(Method):
     def frozen_in(cls, recipe: Recipe) -> bool:
         """Whether the backbone stays as it is: then one with fresh weights needs batch-norm statistics of the data."""
         return False
+
+    @classmethod
+    def normalises(cls, run: Run) -> bool:
+        """Whether batch norm learns in the backbone: then it matters how many images it sees at a time."""
+        frozen = cls.frozen_in(run.recipe)
+        return not frozen and any(isinstance(module, _BatchNorm) for module in run.backbone().modules())
 
     @classmethod
     def starting_point(cls, recipe: Recipe, backbone: nn.Module) -> tuple[dict[str, torch.Tensor], str]:
@@ -121,12 +128,14 @@ def train_protocol(source, protocol: str, data: str | Path | None = None, out: s
     return write_row(run, source, named(protocol, settings, run))
 
 
-def find(protocol: str) -> Recipe:
-    from . import RECIPES
+def find(protocol: str, known: Mapping[str, Recipe] | None = None) -> Recipe:
+    """The recipe of a protocol, one of a kind such as LINEAR if these are `known`. Errors: InputError."""
+    if known is None:
+        from . import RECIPES as known
 
-    if protocol not in RECIPES:
-        unknown("protocol", protocol, RECIPES)
-    return RECIPES[protocol]
+    if protocol not in known:
+        unknown("protocol", protocol, known)
+    return known[protocol]
 
 
 HOW_IT_RUNS = ("processes", "precision", "workers", "resume")  # and not what runs
@@ -134,14 +143,17 @@ HOW_IT_RUNS = ("processes", "precision", "workers", "resume")  # and not what ru
 
 def named(protocol: str, settings: Mapping[str, Any], run: Run | None = None) -> str:
     """The name of a protocol, with what was changed of it: "linear_moco, with epochs 3". A batch is no change where the
-    `run` has the protocol's total."""
+    `run` has the protocol's total; other groups of batch norm are, where it learns."""
     from . import RECIPES
 
-    recipe = RECIPES.get(protocol)
+    recipe, groups = RECIPES.get(protocol), {}
     if run and recipe and run.recipe.total_batch == recipe.total_batch:
         settings = {name: value for name, value in settings.items() if name != "batch"}
+        together = run.recipe.gpus * run.recipe.batch
+        if together != recipe.gpus * recipe.batch and methods.get(recipe.method).normalises(run):
+            groups = {"batch norm over": together}
     own = {**method_numbers(recipe.method), **vars(recipe), **recipe.numbers} if recipe else {}
-    changes = [f"{name} {value}" for name, value in settings.items()
+    changes = [f"{name} {value}" for name, value in {**settings, **groups}.items()
                if name not in HOW_IT_RUNS and value is not None and value != own.get(name)]
     return f"{protocol}, with {', '.join(changes)}" if changes else protocol
 

@@ -9,7 +9,7 @@ instead: with so few labels that flatters, so our numbers may lie below its for 
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ HOLD_OUT = 0.2
 _semi = Recipe(
     method="sslnb.evaluate.supervised:Supervised", backbone="resnet50", size=224, data="imagenet", gpus=4, batch=64,
     epochs=20, optimizer="sgd", lr=0.01, schedule="step", milestones=(12, 16), gamma=0.2, lr_by_epoch=True,
-    numbers={"frozen": False, "interpolation": "bicubic", "deterministic": True}, source="zoo",
+    numbers={"frozen": False, "interpolation": "bicubic", "deterministic": True, "test_every": 0}, source="zoo",
 )
 
 SEMI = {
@@ -35,7 +35,7 @@ SEMI = {
                            "google-research/simclr; 0.1 draws another one per class by a seed."),
     "semi_demo": _semi.with_(
         backbone="resnet_mini", size=20, data="digits_scattered", gpus=1, batch=16, steps=300, milestones=(180, 240),
-        lr_by_epoch=False, fraction=0.1, weight_decay=1e-4, crop=(0.7, 1.0), flip=0.0, test_every=0, source="ours",
+        lr_by_epoch=False, fraction=0.1, weight_decay=1e-4, crop=(0.7, 1.0), flip=0.0, source="ours",
         note="300 steps whatever the fraction, so that a curve over fractions compares labels and not lengths."),
 }
 
@@ -52,14 +52,7 @@ def semi_supervised(source, protocol: str = "semi_1", data: str | Path | None = 
     setting, those of the others lie in it. `settings` go to `train_from`: processes, epochs …
     Errors: InputError before any work.
     """
-    if wrong := settings.keys() & {"lr", "head_lr"}:
-        raise InputError(f"{' and '.join(sorted(wrong))} cannot be given: {protocol} chooses among `lrs` and "
-                         "`head_lrs`. For one setting call train_protocol.")
-    for name, values in (("lrs", lrs), ("head_lrs", head_lrs)):
-        if not values:
-            raise InputError(f"{name} is empty: give the rates to choose among.")
-        for value in values:
-            limits.check(name.removesuffix("s"), value)
+    check_rates(protocol, settings, lrs, head_lrs)
     if fraction is not None:
         settings["fraction"] = fraction if isinstance(fraction, float) else str(fraction)
     source, recipe = open_source(source, seed, backbone), find(protocol)
@@ -82,3 +75,16 @@ def semi_supervised(source, protocol: str = "semi_1", data: str | Path | None = 
         settings.pop("fraction", None)  # the published splits are files, and stand in the row by themselves
     return write_row(run, source, named(protocol, {**settings, **changed}, run), labels=len(run.recipe.load()),
                      fraction=run.recipe.fraction, **best, settings=found)
+
+
+def check_rates(protocol: str, settings: Mapping[str, Any], lrs: Sequence[float] = LRS,
+                head_lrs: Sequence[float] = HEAD_LRS) -> None:
+    """Errors: InputError if there is nothing to choose among, or if a rate is among the settings."""
+    if wrong := settings.keys() & {"lr", "head_lr"}:
+        raise InputError(f"{' and '.join(sorted(wrong))} cannot be given: {protocol} chooses among `lrs` and "
+                         "`head_lrs`. For one setting call train_protocol.")
+    for name, values in (("lrs", lrs), ("head_lrs", head_lrs)):
+        if not values:
+            raise InputError(f"{name} is empty: give the rates to choose among.")
+        for value in values:
+            limits.check(name.removesuffix("s"), value)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbones import features
-from ..errors import InputError
+from ..errors import InputError, unknown
 from ..launch import autocast
 from ..parts import full_precision, sum_over_processes, world
 from ..reading import in_order
@@ -99,6 +99,11 @@ class Supervised(Protocol):
     @classmethod
     def fitted(cls, recipe: Recipe) -> Recipe:
         """With as many classes as the data have, and the pool of the source's features."""
+        test_on = recipe.numbers.get("test_on", "test")
+        if test_on not in ("test", "held out"):
+            unknown("images for test_on", test_on, ("test", "held out"))
+        if test_on == "held out" and not recipe.hold_out:
+            raise InputError('test_on="held out" needs images that are held out: give hold_out=0.2 too, for example.')
         train, test = recipe.load(), recipe.load("test")
         classes = len(train.classes)
         labels_of(train, classes), labels_of(test, classes)
