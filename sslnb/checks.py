@@ -12,11 +12,11 @@ import torch
 
 from . import limits, methods
 from .choice import resolve
-from .data import Images, said
+from .data import Images, located, said
 from .errors import InputError, unknown
 from .files import read_jsonl, write_atomic
 from .launch import can_compute_in
-from .nodes import same_images
+from .nodes import began_with, contents, same_images
 from .recipes import Recipe, method_numbers
 from .run import Run
 from .trial import try_out
@@ -51,6 +51,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     if resume and (finished := _finished(recipe, out, seed)):
         return finished
     images = recipe.load()
+    recipe = recipe.with_(data=located(recipe.data))  # a run is opened from other folders too
     if "images" in method_numbers(recipe.method):  # a method with a memory of every image
         recipe = recipe.with_(images=len(images))
     steps = recipe.steps_per_epoch(len(images))
@@ -100,8 +101,9 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 
 def _default_out(settings: dict) -> Path:
     """runs/byol-digits_scattered-… with a hash of recipe and seed: the same command finds the same directory."""
-    r = settings["recipe"]
-    defining = {name: value for name, value in settings.items() if name not in FREE}
+    r = {**settings["recipe"], "data": located(settings["recipe"]["data"])}
+    r["numbers"] = {name: value for name, value in r["numbers"].items() if name != "images"}  # which the data decide
+    defining = {**{name: value for name, value in settings.items() if name not in FREE}, "recipe": r}
     tag = hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{r['method'].rpartition(':')[2]}-{Path(r['data']).stem}-ep{r['epochs']}-seed{settings['seed']}-{tag}"
     return Path("runs") / name
@@ -131,7 +133,7 @@ def _claim(run: Run, settings: dict, images: Images, total: int, resume: bool, h
         _take(held, run, "launch.lock")
         with contextlib.ExitStack() as ours:
             _take(ours, run, "lock")
-            _write_settings(run, settings)
+            _write_settings(run, settings, images)
             same_images(run, images)
             run.write_status(total=total)
     except OSError as error:
@@ -176,11 +178,13 @@ def _take(held: contextlib.ExitStack, run: Run, *names: str) -> None:
             time.sleep(0.2)
 
 
-def _write_settings(run: Run, settings: dict) -> None:
-    """recipe.json. Where a run has begun, only what does not define it is written anew; another run is refused."""
+def _write_settings(run: Run, settings: dict, images: Images) -> None:
+    """recipe.json. Where a run has begun, only what does not define it is written anew, and where its images lie now;
+    another run is refused."""
     if _begun(run):
-        _same(run, settings)
-        settings = {**run.settings, **{name: settings[name] for name in FREE}}
+        _same(run, settings, moved=began_with(run) == contents(images))
+        recipe = {**run.settings["recipe"], "data": settings["recipe"]["data"]}
+        settings = {**run.settings, **{name: settings[name] for name in FREE}, "recipe": recipe}
         if run.status().get("state") == "done":  # it says how it was trained
             return
     write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
@@ -193,11 +197,12 @@ def _begun(run: Run) -> bool:
     return bool(trained) and (run.path / "recipe.json").exists()
 
 
-def _same(run: Run, settings: dict) -> None:
-    """Refuse to continue another run than the one that is there."""
-    old = run.settings
+def _same(run: Run, settings: dict, moved: bool = False) -> None:
+    """Refuse to continue another run than the one that is there. `moved`: its images are here, wherever they lay."""
+    old, now = run.settings, {**settings["recipe"], "data": located(settings["recipe"]["data"])}
     there = run.recipe.to_json()  # with the values of today for what a recipe of then did not have yet
-    changed = [f"{k}: {there[k]} there, {v} now" for k, v in settings["recipe"].items()
+    there["data"] = now["data"] if moved else located(there["data"])
+    changed = [f"{k}: {there[k]} there, {v} now" for k, v in now.items()
                if there[k] != v and k not in ("note", "published", "source", "sources")]
     changed += [f"seed: {old['seed']} there, {settings['seed']} now"] * (old["seed"] != settings["seed"])
     if changed:

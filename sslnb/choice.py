@@ -58,7 +58,7 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
         if chosen is known.get("demo") and limits.is_ours(method) and data not in DRAWINGS:
             others = {name: value for name, value in chosen.numbers.items() if name not in OF_VIEWS}
             note = f"Your images get the method's own views, not those that we chose for {chosen.data}."
-            chosen = dataclasses.replace(chosen, numbers=others, note=f"{note} {chosen.note}".strip())
+            chosen = dataclasses.replace(chosen, numbers=others, note=note)
     sources = {**chosen.sources, **dict.fromkeys(changes, "you")}
     batch = changes.pop("batch") if "batch" in changes and "accum" not in changes else None
     chosen = chosen.with_(**changes, sources=sources)

@@ -92,7 +92,11 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
         unknown(f"split of {name}", split, splits)
     if name == "imagenet100" and classes is None:
         raise InputError("imagenet100 needs classes=FILE, its class folders one per line: we ship none.")
-    images = _find(name, split, root, seed)
+    try:
+        images = _find(name, split, root, seed)
+    except PermissionError as error:
+        raise InputError(f"{name} cannot be read by this user ({error.strerror}: {error.filename}); change who may "
+                         "read it, or give another folder.") from None
     if classes is not None and images.labels is None:
         raise InputError(f"{images.name} has no labels of whole images, by which classes={classes} could keep some.")
     if classes is not None:
@@ -109,6 +113,11 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
 def said(data: str | Path) -> str:
     """A name or path as text, for a recipe. A Path stays one: `Path("photos")` is a folder and no set of ours."""
     return str(data.absolute()) if isinstance(data, os.PathLike) and str(data) in NAMES else str(data)
+
+
+def located(name: str) -> str:
+    """The name, or the whole path of what is no name: it holds from any folder."""
+    return name if name in (*NAMES, *EMBEDDED) else str(Path(name).expanduser().absolute())
 
 
 def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> Images:
@@ -187,7 +196,7 @@ def _split_folder(root: Path, split: str, name: str, parts: dict[str, str]) -> I
 def _folder(folder: Path, name: str, split: str, classes: list[str], found: Listing) -> Images:
     if len(found.files) == 0:
         raise InputError(f"{folder} has no images ({' '.join(EXTENSIONS)}); save other kinds, "
-                         "such as a phone's .heic, as JPEG.")
+                         "such as a phone's .heic, as JPEG, and unpack archives such as .tar.")
     used = np.unique(found.owners)  # -1 first, for images in no folder
     own = [found.folders[k] for k in used if k >= 0]
     if own and used[0] < 0:
@@ -221,7 +230,8 @@ def _lines(file: Path) -> list[str]:
     try:
         text = file.expanduser().read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as a list file, one entry per line: {error}.") from error
+        remedy = " Unpack it, and give the folder." if file.name.endswith((".tar", ".tgz", ".tar.gz", ".zip")) else ""
+        raise InputError(f"{file} cannot be read as a list file, one entry per line: {error}.{remedy}") from error
     if not text.strip():
         raise InputError(f"The list file {file} is empty.")
     return [line.strip() for line in text.split("\n") if line.strip()]

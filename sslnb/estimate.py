@@ -18,6 +18,7 @@ import torch
 
 from .bench import peak, wait
 from .checks import prepare
+from .launch import frees_memory
 from .monitor import Meter
 from .optim import trainable
 from .reading import next_batch
@@ -86,6 +87,7 @@ class Preflight:
                 f"images\n{self.suggestion}")
 
 
+@frees_memory
 def preflight(recipe: Recipe | str, data: str | Path | None = None, *, steps: int = STEPS, precision: str = "auto",
               workers: int | str = "auto", compile: bool = False) -> Preflight:
     """Train `steps` optimizer steps of the recipe in this process, or more, and throw them away.

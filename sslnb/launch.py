@@ -1,13 +1,15 @@
 """Starting several processes, and stopping them well."""
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,33 +26,50 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Stop:
-    """Notices SIGTERM, SIGINT and a parent that died; the loop asks `asked` between steps and saves first.
+    """Notices SIGTERM, SIGHUP, SIGINT and a parent that died; the loop asks `asked` between steps and saves first.
 
-    A second SIGINT interrupts at once. Outside the main thread signals cannot be caught, so only the parent counts.
+    A second SIGINT interrupts at once, unless it is `saving`. Outside the main thread signals cannot be caught, so only
+    the parent counts.
     """
 
     def __init__(self):
-        self.reason = ""
+        self.reason, self.saving = "", False
         self._parent = int(os.environ.get("SSLNB_PARENT", 0))
+        self._kernels_parent = 0
         self._old: dict[int, object] = {}
+        self._left = threading.Event()
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+            hangup = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+            caught = [s for s in (signal.SIGTERM, signal.SIGINT, *hangup) if signal.getsignal(s) != signal.SIG_IGN]
+            self._old = {s: signal.signal(s, self._note) for s in caught}  # nohup ignores SIGHUP, and so do we
+        if poller := sys.modules.get("ipykernel.parentpoller"):
+            # A kernel ends itself within a second of papermill's end. It waits until we have saved.
+            self._kernels_parent, poller.os = os.getppid(), Patient(self._left)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        self._left.set()
+        if poller := sys.modules.get("ipykernel.parentpoller"):
+            poller.os = os
 
     def _note(self, number: int, frame) -> None:
         if self.reason and number == signal.SIGINT:
+            if self.saving:
+                return
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
+        with contextlib.suppress(RuntimeError, OSError):  # we may be in the middle of another print
+            print(f"{self.reason}: finishing this step, then saving" + (
+                "; a second interrupt ends it at once, without." if number == signal.SIGINT else "."), flush=True)
 
     @property
     def _orphaned(self) -> bool:
-        return bool(self._parent) and not alive(self._parent)
+        return (bool(self._parent) and not alive(self._parent)
+                or bool(self._kernels_parent) and os.getppid() != self._kernels_parent)
 
     @property
     def asked(self) -> bool:
@@ -63,6 +82,38 @@ class Stop:
         if self._orphaned:
             return SystemExit(0)  # nobody is left to see it, and after an error torchrun would start us again
         return KeyboardInterrupt(self.reason) if self.reason == "SIGINT" else SystemExit(143)
+
+
+class Patient:
+    """The module os, but its end of the process waits for `left`, ten minutes at most."""
+
+    def __init__(self, left: threading.Event):
+        self._until = left
+
+    def __getattr__(self, name: str):
+        return getattr(os, name)
+
+    def _exit(self, code: int) -> None:
+        self._until.wait(600)
+        os._exit(code)
+
+
+def frees_memory(function: Callable) -> Callable:
+    """An interrupted training, or one without enough memory, lets go of its network and images. A notebook keeps the
+    last traceback, and with it all that its frames held: the next run of the cell would begin with that much less."""
+    @functools.wraps(function)
+    def freeing(*args, **settings):
+        try:
+            return function(*args, **settings)
+        except BaseException as error:
+            memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+            if memory or isinstance(error, KeyboardInterrupt | SystemExit):
+                cause = error
+                while cause:
+                    traceback.clear_frames(cause.__traceback__)
+                    cause = cause.__context__
+            raise
+    return freeing
 
 
 def compiled(method: nn.Module) -> nn.Module:
@@ -130,6 +181,10 @@ def _explained(error: Exception, run: Run) -> Exception:
     if isinstance(error, dist.DistError) or "/gloo/" in said:
         return RuntimeError(f"Another process of this run is gone: it failed, as log.jsonl then says, or its machine "
                             f"did. The same command continues from the last checkpoint. ({said})")
+    if "unable to allocate shared memory" in said or "Bus error" in said:
+        return RuntimeError("Processes that load images hand them over in /dev/shm, which has no space left: give the "
+                            "container more, as with docker run --shm-size 8g, or use workers=0. The same command "
+                            "continues from the last checkpoint.")
     if said.startswith("DataLoader worker"):
         return RuntimeError(f"A process that loads images died ({said.strip(' .')}), often for want of memory: "
                             "fewer `workers` need less. The same command continues from the last checkpoint.")

@@ -100,17 +100,31 @@ def contents(images: Images) -> dict[str, object]:
     return {"images": len(images), "digest": _digest(images)}
 
 
+def began_with(run: Run) -> dict[str, object] | None:
+    """The `contents` of the images that a run was last trained on, if that was written down."""
+    starts = run.provenance()
+    return starts[-1].get("data") if starts else None
+
+
 def same_images(run: Run, images: Images) -> None:
     """InputError if the run has a checkpoint that was trained on other images: an epoch, the schedule and the number
     of each image would now be others, and nobody would notice. A run of before this was written down goes on."""
-    starts = run.provenance()
-    began = starts[-1].get("data") if starts and run.checkpoints() else None
+    began = began_with(run) if run.checkpoints() else None
     if not began or began == (now := contents(images)):
         return
     less = f"had {began['images']:,} images when {run.path} began, and has {now['images']:,} now"
     other = f"has as many images as when {run.path} began, but other ones"
     raise InputError(f"{run.recipe.data} {other if began['images'] == now['images'] else less}: put back what was "
                      "there, or begin anew with resume=False or another `out`.")
+
+
+def images_changed(run: Run) -> bool:
+    """Whether the images of a finished run are others than they were; False where they are gone, or nothing tells."""
+    began = began_with(run)
+    try:
+        return bool(began) and began != contents(run.recipe.load())
+    except InputError:
+        return False
 
 
 def check_step(run: Run, step: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from . import methods  # noqa: F401 (a process that loads images finds the views of users' own files by it)
 from .data import Images
 from .decoding import BrokenImage
 from .errors import InputError

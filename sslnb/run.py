@@ -110,7 +110,10 @@ class Run:
         """The whole method as of the newest checkpoint (heads, decoder, target), in eval mode on the CPU."""
         newest = self.latest()
         if newest is None:
-            raise InputError(f"{self.path} holds no readable checkpoint yet; train it first.")
+            done = self.status().get("state") == "done"
+            raise InputError(f"{self.path} holds no readable checkpoint " + (
+                "any more, only its backbone; with resume=False it is trained anew." if done else
+                "yet; train it first."))
         method = self.recipe.build()
         method.load_state_dict(newest["method"])
         return method.eval()
@@ -219,6 +222,11 @@ class Run:
         rows = [row for row in read_jsonl(self.path / "log.jsonl") if row.get("step", 0) <= step]
         write_atomic(self.path / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
+    def keep_log(self) -> Path:
+        """Put the log aside under another name, where it stays."""
+        aside = self.path / f"log-until-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+        return (self.path / "log.jsonl").rename(aside)
+
     def add_provenance(self, **values: Any) -> None:
         write_atomic(self.path / "provenance.json", json.dumps([*self.provenance(), {**environment(), **values}]))
 
@@ -262,7 +270,10 @@ def versions() -> dict[str, str]:
 def environment() -> dict[str, Any]:
     """Versions, git state and hardware of this process."""
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True)
+        except OSError:  # it is not installed here
+            return ""
         return done.stdout.strip()
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

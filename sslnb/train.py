@@ -45,9 +45,10 @@ def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Pa
                       trackers=trackers, workers=workers, compile=compile, held=held)
         if run.status().get("state") == "done":
             print(f"{run.path} is finished already ({run.status()['total']} steps); its results are used.")
-            if code_changed(run):
-                print(f"But the file of {run.recipe.method} has changed since: resume=False trains anew, another `out` "
-                      "keeps both.")
+            if changed := [f"the file of {run.recipe.method}"] * code_changed(run) + [
+                    f"the images of {run.recipe.data}"] * nodes.images_changed(run):
+                print(f"But since then {' and '.join(changed)} changed: resume=False trains anew, another `out` keeps "
+                      "both.")
         elif processes > 1:
             if 0 < torch.cuda.device_count() < processes:
                 raise InputError(f"processes {processes} are more than the {torch.cuda.device_count()} GPU(s) here; "
@@ -58,6 +59,7 @@ def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Pa
     return run
 
 
+@launch.frees_memory
 def train(run: Run) -> None:
     """Train the run directory to its end in this process (one of several under torchrun)."""
     rank = int(os.environ.get("RANK", 0))
@@ -233,7 +235,7 @@ class Trainer:
         if self.main and self.monitor.due(epoch):
             row = self.monitor.look(self.method, self.step)
             self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=self.step)
-        if last or (epoch + 1) % max(1, 100 // self.per_epoch) == 0:
+        if last or (epoch + 1) % self._epochs_between_checkpoints() == 0:
             self.save(start)
 
     def _finish(self, start: float) -> None:
@@ -249,6 +251,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _leave(self, start: float, stop: launch.Stop) -> None:
+        stop.saving = True
         self.save(start)
         stop.reason = stop.reason or "another process was told to stop"
         if self.main:
@@ -278,10 +281,17 @@ class Trainer:
         state = self.run.latest(say=print if self.main else lambda text: None)
         if state is None:
             if self.main:
-                self.run.rewind_log(-1)
+                self._begin_anew()
             return
         self.step, self.skipped, self.broken = state["step"], state["skipped"], set(state["broken"])
-        self.method.load_state_dict(state["method"])
+        try:
+            self.method.load_state_dict(state["method"])
+        except RuntimeError as error:
+            if not code_changed(self.run):
+                raise
+            raise InputError(f"The file of {self.recipe.method} has changed since, and its network is another one now "
+                             f"({str(error).splitlines()[-1].strip()}): put the old one back, or begin anew with "
+                             "resume=False or another `out`.") from None
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -292,6 +302,19 @@ class Trainer:
             print(f"Resuming {self.run.path} at step {self.step} of {self.total}.", flush=True)
             if code_changed(self.run):
                 print(f"The file of {self.recipe.method} has changed since: it goes on with the new code.", flush=True)
+
+    def _begin_anew(self) -> None:
+        """There is no checkpoint. Where there must have been one, its log is kept under another name."""
+        steps = [row["step"] for row in self.run.history()]
+        if steps:
+            said = f"{self.run.path} came to step {max(steps)}, but has no checkpoint: it begins anew."
+            if max(steps) > self.per_epoch * self._epochs_between_checkpoints():
+                said += f" Its log is kept in {self.run.keep_log().name}."
+            print(said, flush=True)
+        self.run.rewind_log(-1)
+
+    def _epochs_between_checkpoints(self) -> int:
+        return max(1, 100 // self.per_epoch)
 
     def close(self) -> None:
         self.accelerator.end_training()

@@ -503,3 +503,22 @@ def test_the_first_images_that_can_be_read(tmp_path, digits):
     Path(images.where(1)).write_text("no image")
     assert len(images.first(2)) == 2 and len(images.first(99)) == len(images) - 1
     assert images.first(2)[1].tobytes() == images[2].tobytes()
+
+
+def test_what_this_user_may_not_read_is_named(tmp_path, monkeypatch):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", f"{tmp_path}/private")
+
+    monkeypatch.setattr(data, "_find", closed)
+    with pytest.raises(InputError, match="pics cannot be read by this user .Permission denied: .*/private.; change"):
+        load("pics")
+
+
+def test_archives_are_to_be_unpacked(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for name in ("shards/0.tar", "all.tar"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00 no text")
+    with pytest.raises(InputError, match="has no images .*unpack archives such as .tar"):
+        load(tmp_path / "shards")
+    with pytest.raises(InputError, match="cannot be read as a list file.*Unpack it, and give the folder."):
+        load(tmp_path / "all.tar")

@@ -1,6 +1,8 @@
 """Recipes: the zoo's rows with their real shapes, names that cannot lie, and changes that keep what must be kept."""
 
 import re
+import subprocess
+import sys
 from math import inf, nan
 from pathlib import Path
 
@@ -549,7 +551,7 @@ def test_a_file_is_the_same_from_another_folder_and_a_changed_one_is_told(tmp_pa
     own(tmp_path, "{'loss': 2 * loss}", name="mine.py")
     assert "has changed since" not in capsys.readouterr().out
     assert pretrain(resolve("../mine.py:Mine"), out="run").path == run.path
-    assert "But the file of ../mine.py:Mine has changed since: resume=False trains anew" in capsys.readouterr().out
+    assert "But since then the file of ../mine.py:Mine changed: resume=False trains anew" in capsys.readouterr().out
     for text, words in (("RECIPES = 3\nclass Mine: pass", "RECIPES of .* is a int; write RECIPES = {"),
                         ("from .base import Method", "import from the package, as in")):
         (tmp_path / "mine.py").write_text(text)
@@ -565,3 +567,50 @@ def test_the_rows_of_byol_and_cae_are_the_codes():
         (4096, 4.8, 1e-6, 10, 0.99)}
     cae = methods.recipes("cae")["vit_base_sz224_8xb64_accu4_cos_fp16_ep300"]
     assert (cae.numbers["mask_ratio"], cae.numbers["neck_drop_path"]) == (0.383, 0.0)
+
+
+VIEWS_OF_ONES_OWN = """
+from sslnb import resolve
+from sslnb.methods.simclr import SimCLR
+from sslnb.views import CenterCrop, ImageOp, Normalize, View, Views
+
+
+class Upside(ImageOp):
+    def __call__(self, image, rng):
+        return image.rotate(180)
+
+
+class Mine(SimCLR):
+    def __init__(self, backbone, *, temperature: float = 0.2):
+        super().__init__(backbone, temperature=temperature, hidden_dim=32, dim=16)
+
+    def views(self, size):
+        return Views(View(Upside(), CenterCrop(size), Normalize()), View(CenterCrop(size), Normalize()))
+
+
+RECIPES = {"demo": resolve("simclr", epochs=1).with_(method="mine.py:Mine", numbers={})}
+"""
+
+
+@pytest.mark.parametrize("how", ["spawn", "forkserver"])
+def test_views_of_ones_own_are_found_in_processes_that_are_no_forks(tmp_path, how):
+    """As on a Mac, and from Python 3.14 on everywhere."""
+    (tmp_path / "mine.py").write_text(VIEWS_OF_ONES_OWN)
+    code = ("import torch, multiprocessing\n"
+            "from sslnb import load, resolve\n"
+            "from sslnb.reading import ViewSet, image_loader\n"
+            "if __name__ == '__main__':\n"
+            f"    multiprocessing.set_start_method({how!r})\n"
+            "    images, views = load('digits'), resolve('mine.py:Mine').build().views(8)\n"
+            "    loader = image_loader(ViewSet(images, views), 1, sampler=[(0, 0), (1, 0)], batch_size=2)\n"
+            "    (upside, plain), *_ = next(iter(loader))\n"
+            "    print(torch.equal(upside, plain.flip((2, 3))))\n")
+    (tmp_path / "main.py").write_text(code)
+    done = subprocess.run([sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr
+
+
+def test_the_note_of_a_demo_is_not_that_of_ones_own_images(tmp_path):
+    assert "no flip" in resolve("simclr").note
+    assert resolve("simclr", data=str(tmp_path)).note == (
+        "Your images get the method's own views, not those that we chose for digits_scattered.")

@@ -540,7 +540,7 @@ def test_a_torn_log_line_is_left_out_and_the_next_row_stands_alone(tiny, tmp_pat
     assert [row["step"] for row in run.history()] == [1, 3]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 1)])
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 1), (signal.SIGHUP, 143)])
 def test_a_signal_saves_and_marks_the_run_interrupted(tmp_path, number, code):
     out = tmp_path / "run"
     script = ("from sslnb import pretrain, methods\n"

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from .base import COLORS, STYLES, grid, panels
 
 
-def curves(runs: Mapping[str, object], value: str = "loss", title: str = "") -> Figure:
+def curves(runs: Mapping[str, object] | object, value: str = "loss", title: str = "") -> Figure:
     """One value over epochs for one or several runs, from their logs."""
+    runs = runs if isinstance(runs, Mapping) else {"": runs}
     fig, ((ax,),) = panels(1, 1, 6.5, 3.0, title or f"{value} while training")
     for i, (name, run) in enumerate(runs.items()):
         rows = [row for kind in ("step", "monitor") for row in run.history(kind) if value in row]

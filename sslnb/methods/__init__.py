@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,22 @@ METHODS = {  # name -> file:class, in the order of their years
     "cae": "cae:CAE",
     "a2mim": "a2mim:A2MIM",
 }
+
+
+USERS = "sslnb_user_"  # modules of users' files are called so, and a variable of that name says where the file is
+
+
+class UsersFiles:
+    """Finds them in processes that load images and are not forks of this one, as on a Mac: views of one's own are
+    looked up there by the name of their module."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None):
+        file = os.environ.get(name) if name.startswith(USERS) else None
+        return importlib.util.spec_from_file_location(name, file) if file else None
+
+
+sys.meta_path.append(UsersFiles)
 
 
 def get(name: str) -> type[Method]:
@@ -78,9 +95,10 @@ def _module(name: str):
         except ImportError as error:
             raise InputError(f"Method {name!r}: there is no file {path} here and no module {place!r} "
                              f"({error}).") from None
-    elif (key := f"sslnb_user_{path.stem}_{path.stat().st_mtime_ns}") in sys.modules:
+    elif (key := f"{USERS}{path.stem}_{path.stat().st_mtime_ns}") in sys.modules:
         module = sys.modules[key]
     else:  # the time of change is in the key, so an edited cell (%%writefile) is read again
+        os.environ[key] = str(path.absolute())
         spec = importlib.util.spec_from_file_location(key, path)
         module = sys.modules[key] = importlib.util.module_from_spec(spec)
         try:
