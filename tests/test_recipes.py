@@ -13,7 +13,7 @@ from PIL import Image
 
 from sslnb import evaluate, limits, methods, pretrain
 from sslnb.checks import prepare
-from sslnb.choice import OF_VIEWS, is_imagenet, resolve
+from sslnb.choice import OF_VIEWS, _nearest, is_imagenet, resolve
 from sslnb.errors import InputError
 from sslnb.recipes import Recipe, method_numbers
 from sslnb.trial import try_out
@@ -159,6 +159,13 @@ def test_of_several_rows_that_for_the_backbone_is_taken(method, backbone, epochs
     found = resolve(method, data="imagenet", backbone=backbone, epochs=epochs)
     assert found == methods.recipes(method)[row].with_(backbone=backbone, epochs=epochs, sources=found.sources,
                                                        data="imagenet")
+
+
+def test_of_several_rows_of_one_kind_that_for_the_very_backbone_is_taken():
+    fifty = resolve("byol", data="imagenet")
+    rows = [fifty, fifty.with_(backbone="resnet18"), fifty.with_(backbone="resnet18", epochs=5)]
+    assert _nearest(rows, "resnet18") == rows[1] and _nearest(rows, "resnet18", 5) == rows[2]
+    assert _nearest(rows, "resnet34") == _nearest(rows) == fifty and _nearest(rows, epochs=5) == rows[2]
 
 
 def test_another_backbone_takes_over_what_holds_for_it_too():
