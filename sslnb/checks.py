@@ -36,8 +36,8 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     if not (isinstance(out, os.PathLike) or isinstance(out, str) and out):
         raise InputError(f"out {out!r} is impossible: give the path of a folder, or leave it out.")
     if isinstance(recipe, str):
-        recipe = resolve(recipe)
-    if data is not None:
+        recipe = resolve(recipe, data="auto" if data is None else data)
+    elif data is not None:
         recipe = recipe.with_(data=said(data) if isinstance(data, os.PathLike) else data)
     for name, value in (("processes", processes), ("seed", seed), ("workers", workers), ("compile", compile),
                         ("resume", resume)):

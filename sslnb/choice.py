@@ -47,6 +47,9 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
         rows = [r for name, r in known.items() if name != "demo"]
         if data != "auto" and is_imagenet(data) and rows:
             chosen = _nearest(rows, **changes)
+            if data != "imagenet" and not os.path.isdir(os.path.join(os.path.expanduser(data), "train")):
+                note = "A tenth of every class is held out for testing; give the folder above train/ to train on all."
+                chosen = dataclasses.replace(chosen, published={}, note=f"{note} {chosen.note}".strip())
         else:
             chosen = known["demo"] if "demo" in known else unknown(f"recipe of {method}", "demo", known)
     elif recipe in known:

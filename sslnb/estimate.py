@@ -100,13 +100,14 @@ def preflight(recipe: Recipe | str, data: str | Path | None = None, *, steps: in
     a few if they are many, and as if the processes shared it.
     Errors: InputError, as in `pretrain`, before any work.
     """
-    from . import limits, methods
+    from . import limits
+    from .choice import resolve
     from .data import said
 
     limits.check("steps", steps, limits.COUNT)
     if isinstance(recipe, str):
-        recipe = methods.recipes(recipe)["demo"]
-    if data is not None:
+        recipe = resolve(recipe, data="auto" if data is None else data)
+    elif data is not None:
         recipe = recipe.with_(data=said(data))
     recipe.steps_per_epoch(len(recipe.load()))  # one process alone may have images enough
     one = recipe.with_(gpus=1, force_accum=True)

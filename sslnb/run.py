@@ -79,6 +79,9 @@ class Run:
         if status.get("state") == "running" and status.get("host") == platform.node() and not alive(status["pid"]):
             status |= {"state": "interrupted", "reason": f"process {status['pid']} is gone without a word (kill -9, "
                        "no memory, no power?); the same command continues"}
+        silent = (time.time() - status.get("updated", time.time())) / 3600
+        if status.get("state") == "running" and status.get("host") != platform.node() and silent > 1:
+            status["reason"] = f"nothing was heard from {status.get('host')} for {silent:.0f} hours"
         return status
 
     def results(self) -> list[dict[str, Any]]:
@@ -97,8 +100,9 @@ class Run:
         """A few lines for the end of a notebook: status, duration, versions, git state, hardware."""
         status, starts = self.status(), self.provenance()
         last = starts[-1] if starts else {}
+        why = f" ({status['reason']})" if status.get("reason") else ""
         return "\n".join([
-            f"run        {self.path}", f"status     {status.get('state')} at step {status.get('step')} of "
+            f"run        {self.path}", f"status     {status.get('state')}{why} at step {status.get('step')} of "
             f"{status.get('total')}, {status.get('seconds', 0):.0f} s of training in {len(starts)} start(s)",
             f"recipe     {self.recipe.method}: {self.recipe.name} on {self.recipe.data}, seed {self.seed}",
             f"versions   {', '.join(f'{k} {v}' for k, v in last.get('versions', {}).items())}",

@@ -33,7 +33,7 @@ LOOK = 5  # s between looks, on GPUs, at whether the run is to stop
 def pretrain(recipe: Recipe | str, data: str | Path | None = None, out: str | Path = "auto", *, processes: int = 1,
              precision: str = "auto", resume: bool = True, seed: int = 0, trackers: Sequence[str] = (),
              workers: int | str = "auto", compile: bool = False) -> Run:
-    """Train a recipe (or a method's demo recipe by name) on `data` into the run directory `out`.
+    """Train a recipe (or, by a method's name, that which `resolve` gives for `data`) into the run directory `out`.
 
     The same call again continues an interrupted run exactly, and returns a finished one without training;
     `resume=False` moves what is there aside and starts anew. `processes` keeps the recipe's total batch and goes
@@ -142,7 +142,9 @@ class Trainer:
                                code=code_of(self.recipe.method), data=nodes.contents(self.images))
             run.write_status(step=self.step)
         if run.settings["trackers"]:
-            self.accelerator.init_trackers("sslnb", config={k: str(v) for k, v in run.settings["recipe"].items()})
+            self.accelerator.init_trackers("sslnb", config={
+                name: value if isinstance(value, str | int | float) else str(value)
+                for name, value in {"run": run.path.name, "seed": self.seed, **run.settings["recipe"]}.items()})
         method.before_train(run)
         if self.main and self.step == 0 and self.monitor.due(-1):
             self.monitor.look(method, 0)

@@ -33,8 +33,8 @@ import sys
 from sslnb import pretrain, resolve
 
 method, data, out, epochs, processes, workers = sys.argv[1:]
-recipe = resolve(method, epochs=int(epochs), batch=8)
-pretrain(recipe, data, out, processes=int(processes), workers=int(workers))
+recipe = resolve(method, data=data, epochs=int(epochs), batch=8)
+pretrain(recipe, out=out, processes=int(processes), workers=int(workers))
 """
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "00_start.ipynb"
 EPOCHS, TOTAL, BETWEEN = 24, 288, 96
@@ -249,16 +249,43 @@ def test_a_loader_process_is_killed(pictures, whole, out):
         "the run fails and says why; the same command goes on from the newest checkpoint", 2)
 
 
-def test_the_kernel_is_killed_under_papermill(pictures, whole, out):
+def under_papermill(pictures, out) -> tuple[list[str], subprocess.Popen, psutil.Process]:
+    """The command, its process and the kernel, some steps after the first checkpoint."""
     values = {"method": "mae", "data": pictures, "epochs": EPOCHS, "batch": 8, "workers": 2, "out": out}
     words = [sys.executable, "-m", "papermill", NOTEBOOK, "out.ipynb",
              *(word for name, value in values.items() for word in ("-p", name, str(value)))]
-    child, run = launched(words, out.parent), Run(out)
-    wait_for(lambda: any(row["step"] >= BETWEEN + 20 for row in run.history()))
-    before = written(run)
+    child = launched(words, out.parent)
+    wait_for(lambda: any(row["step"] >= BETWEEN + 20 for row in Run(out).history()))
     (kernel,) = (p for p in psutil.Process(child.pid).children() if "ipykernel_launcher" in p.cmdline())
+    return words, child, kernel
+
+
+def test_papermill_is_told_to_stop(pictures, whole, out):
+    """Its kernel would end itself within a second, in the middle of a step."""
+    words, child, kernel = under_papermill(pictures, out)
+    run, before = Run(out), written(Run(out))
+    child.terminate()
+    assert child.wait(20) == -signal.SIGTERM
+    kernel.wait(60)
+    status = run.status()
+    assert status["state"] == "interrupted" and "is gone" in status["reason"], status
+    assert status["step"] == run.latest()["step"] > BETWEEN and status["step"] % BETWEEN, "in the middle of an epoch"
+    kept(before, run)
+    again = launched(words, out.parent)
+    assert again.wait(200) == 0, printed(again)
+    same_run(whole, run)
+    assert len(run.provenance()) == 2 and run.results()
+    row("SIGTERM to papermill, whose kernel would end itself within a second",
+        "the kernel saves first, and marks the run `interrupted`; the same command goes on from this step")
+
+
+def test_the_kernel_is_killed_under_papermill(pictures, whole, out):
+    words, child, kernel = under_papermill(pictures, out)
+    run, before = Run(out), written(Run(out))
     kernel.kill()
-    assert "DeadKernelError" in last_words(child) and run.status()["state"] == "interrupted"
+    last_words(child)
+    assert "DeadKernelError" in printed(child)
+    assert run.status()["state"] == "interrupted", run.status()
     kept(before, run)
     again = launched(words, out.parent)
     assert again.wait(200) == 0, printed(again)

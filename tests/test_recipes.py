@@ -495,6 +495,10 @@ def test_imagenet_below_the_home_folder_is_imagenet(tmp_path, monkeypatch):
     for i in range(1000):
         (tmp_path / "imagenet" / "train" / f"n{i:08d}").mkdir(parents=True)
     assert is_imagenet("~/imagenet") and resolve("byol", data="~/imagenet").backbone == "resnet50"
+    whole, part = resolve("byol", data="~/imagenet"), resolve("byol", data="~/imagenet/train")
+    assert whole.published and not part.published and part.backbone == "resnet50"
+    assert part.note == ("A tenth of every class is held out for testing; give the folder above train/ to train on "
+                         f"all. {whole.note}")
 
 
 THEIRS = """

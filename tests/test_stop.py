@@ -101,6 +101,21 @@ def test_a_full_shared_memory_is_told_with_the_remedy(tmp_path):
         assert "--shm-size 8g, or use workers=0" in str(told)
 
 
+def test_a_machine_that_is_silent_for_hours_is_told(tmp_path):
+    for seconds, said in ((3 * 3600, "nothing was heard from elsewhere for 3 hours"), (60, "")):
+        (tmp_path / "status.json").write_text(json.dumps({
+            "state": "running", "host": "elsewhere", "pid": 1, "reason": "", "updated": time.time() - seconds}))
+        assert Run(tmp_path).status()["state"] == "running" and Run(tmp_path).status()["reason"] == said
+
+
+@pytest.mark.parametrize("call", [lambda data, out: prepare("simclr", data, out), lambda data, out: prepare(
+    resolve("simclr", data=data), out=out)])
+def test_a_methods_name_with_data_is_what_resolve_gives_for_them(tmp_path, call):
+    pictures(tmp_path / "pics", 80)
+    recipe = call(tmp_path / "pics", tmp_path / "run").recipe
+    assert recipe.numbers.keys().isdisjoint({"jitter", "flip", "hue"}) and recipe.note.startswith("Your images get")
+
+
 # ---------------------------------------------------------------- what changed since
 
 
