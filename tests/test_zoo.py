@@ -439,6 +439,17 @@ def test_sobel_stems_small_stems_lightly_dino_and_solo(tmp_path):
     close(features(loaded, images), features(vit.eval(), images))
 
 
+def test_tensors_beside_a_wrapper_are_not_the_state_dict(tmp_path):
+    """torchvision's and MoCo's training scripts save the best accuracies as tensors, on the level of the wrapper."""
+    resnet = build("resnet18", 224)
+    scores = {"best_acc1": torch.tensor(71.0), "best_acc5": torch.tensor(90.0), "epoch": 3, "model": {"lr": 0.1}}
+    torch.save({**scores, "state_dict": below("module.encoder_q.", resnet.state_dict())}, tmp_path / "x.pth")
+    backbone, match = zoo.load(tmp_path / "x.pth")
+    assert torch.equal(backbone.conv1.weight, resnet.conv1.weight) and not match.leftover
+    torch.save({**resnet.state_dict(), "model": {"lr": 0.1, "mean": torch.zeros(3)}}, tmp_path / "y.pth")
+    assert zoo.load(tmp_path / "y.pth")[1].backbone == "resnet18", "a state dict with something about it"
+
+
 # ---------------------------------------------------------------- BYOL's JAX file
 
 

@@ -66,16 +66,20 @@ def _some(names: list[str], prefix: str = "") -> str:
 
 def tensors(found: object) -> dict[str, Tensor]:
     """The state dict in what a file holds, inside its usual wrappings. Errors: InputError if there is none."""
-    while isinstance(found, dict):
-        flat = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-        inner = next((found[name] for name in WRAPPERS if isinstance(found.get(name), dict)), None)
-        if inner is None or len(flat) > 1:
-            break
-        found = inner
-    if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise InputError("there is no state dict in it: it must hold tensors by name, possibly inside one of "
-                         f"{', '.join(WRAPPERS)}")
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if state := _unwrapped(found):
+        return state
+    raise InputError("there is no state dict in it: it must hold tensors by name, possibly inside one of "
+                     f"{', '.join(WRAPPERS)}")
+
+
+def _unwrapped(found: object) -> dict[str, Tensor]:
+    """{} if there is none. Beside a wrapper may be tensors, such as the best accuracies, but not more than inside it:
+    then it is a state dict itself."""
+    if not isinstance(found, dict):
+        return {}
+    flat = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    inner = next((state for name in WRAPPERS if (state := _unwrapped(found.get(name)))), {})
+    return flat if len(flat) > len(inner) else inner
 
 
 def fit(state: dict[str, Tensor], plain: Plain, backbone: nn.Module) -> tuple[dict[str, Tensor], Match]:
