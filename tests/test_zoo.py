@@ -439,6 +439,44 @@ def test_sobel_stems_small_stems_lightly_dino_and_solo(tmp_path):
     close(features(loaded, images), features(vit.eval(), images))
 
 
+@pytest.mark.parametrize("name, size", [("vit_mini", 32), ("beit_mini", 28), ("swin_mini", 20), ("swin_mini", 28)])
+def test_a_file_of_a_network_of_ours_says_its_size_itself(name, size, tmp_path):
+    """No shape tells the heads of such a width, so the name must be given; the size need not be."""
+    from sslnb.evaluate.sources import open_source
+
+    path, ours = tmp_path / "x.pth", build(name, size).eval()
+    torch.save(ours.state_dict(), path)
+    images = torch.randn(2, 3, size, size)
+    for asked in (None, size):
+        backbone, match = zoo.load(path, name, asked)
+        assert match.size == size and not match.changed
+        close(features(backbone, images), features(ours, images))
+    larger, match = zoo.load(path, name, size + 4)
+    assert features(larger, torch.randn(2, 3, size + 4, size + 4)).shape == (2, 64)
+    assert all("resampled" in change for change in match.changed.values())
+    assert open_source(path, 0, name).size == size
+    with pytest.raises(InputError, match="give `backbone`"):
+        zoo.load(path)
+
+
+def test_a_swin_v2_is_loaded_by_its_name(tmp_path):
+    name, path = "swinv2_tiny_window8_256", tmp_path / "x.pth"
+    torch.save(shapes(name, 256, ()), path)
+    with pytest.raises(InputError, match="a Swin V2, whose windows and size are in no shape: .* 'swinv2_tiny_window8"):
+        zoo.load(path)
+    with torch.device("meta"):
+        assert zoo.load(path, name)[1].size == zoo.network(path, name)[2] == 256, "that of timm's weights"
+        assert zoo.load(path, name, 128)[0].patch_embed.grid_size == (32, 32)
+    numbers = {"depths": (1, 1), "num_heads": (3, 6)}
+    ours = build(name, 64, **numbers).eval()
+    file = {official_swin_name(key): tensor for key, tensor in ours.state_dict().items()}
+    buffers = dict.fromkeys(("relative_coords_table", "relative_position_index"), ONE)
+    torch.save({"model": file | below("layers.0.blocks.0.attn.", buffers) | {"head.weight": ONE}}, path)
+    backbone, match = zoo.load(path, name, 64, **numbers)
+    assert len(match.leftover) == 3
+    close(features(backbone, torch.ones(1, 3, 64, 64)), features(ours, torch.ones(1, 3, 64, 64)))
+
+
 def test_tensors_beside_a_wrapper_are_not_the_state_dict(tmp_path):
     """torchvision's and MoCo's training scripts save the best accuracies as tensors, on the level of the wrapper."""
     resnet = build("resnet18", 224)

@@ -14,7 +14,8 @@ from .layouts import Plain, adapt
 WRAPPERS = ("state_dict", "model", "model_state", "teacher", "backbone", "network", "classy_state_dict", "base_model",
             "trunk", "method", "model_state_dict", "net")
 # Parts that a file may have beside the backbone, under names of its own level: never a part of a backbone without them.
-BESIDE = re.compile(r"(fc|head|fc_norm)\.|(mask_token|mask_gamma)$|.*(relative_position_index|attn_mask)$")
+BESIDE = re.compile(r"(fc|head|fc_norm)\.|(mask_token|mask_gamma)$"
+                    r"|.*(relative_position_index|relative_coords_table|attn_mask)$")
 
 
 @dataclass
