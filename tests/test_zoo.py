@@ -477,6 +477,31 @@ def test_a_swin_v2_is_loaded_by_its_name(tmp_path):
     close(features(backbone, torch.ones(1, 3, 64, 64)), features(ours, torch.ones(1, 3, 64, 64)))
 
 
+def test_register_tokens_are_not_lost(tmp_path):
+    """DINOv2's own files and timm's keep them in two ways; timm's conversion is the judge of ours."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    bare, right, path = "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", tmp_path / "x.pth"
+    official = {name: torch.randn_like(tensor) for name, tensor in build(bare, 56, depth=1).state_dict().items()}
+    official |= {"register_tokens": torch.randn(1, 4, 384), "mask_token": torch.zeros(1, 384)}
+    ours = build(right, 56, depth=1).eval()
+    ours.load_state_dict(checkpoint_filter_fn(dict(official), ours))
+    images = torch.randn(2, 3, 56, 56)
+    for file, name in ((official, "register_tokens"), (ours.state_dict(), "reg_token")):
+        torch.save(below("backbone.", file), path)
+        with pytest.raises(InputError, match=rf"has register tokens \({name}\), and {bare} has no .*, such as {right}"):
+            zoo.load(path, bare, depth=1)
+        with pytest.raises(InputError, match=f"with register tokens: give `backbone`, a timm name such as '{right}'"):
+            zoo.load(path)
+        backbone, match = zoo.load(path, right, depth=1)
+        assert match.size == 56 and match.leftover == ["backbone.mask_token"] * (file is official)
+        close(features(backbone, images), features(ours, images))
+        smaller, _ = zoo.load(path, right, 28, depth=1)  # only places have positions in timm's, and all of them move
+        grid = F.interpolate(ours.pos_embed.unflatten(1, (4, 4)).permute(0, 3, 1, 2), (2, 2), mode="bicubic",
+                             antialias=True)
+        close(smaller.pos_embed, grid.flatten(2).transpose(1, 2))
+
+
 def test_tensors_beside_a_wrapper_are_not_the_state_dict(tmp_path):
     """torchvision's and MoCo's training scripts save the best accuracies as tensors, on the level of the wrapper."""
     resnet = build("resnet18", 224)

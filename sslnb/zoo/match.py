@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .layouts import Plain, adapt
+from .layouts import REGISTERS, Plain, adapt
 
 # Where files keep the network that evaluation wants; DINO's teacher is the one that its numbers were measured with.
 WRAPPERS = ("state_dict", "model", "model_state", "teacher", "backbone", "network", "classy_state_dict", "base_model",
@@ -110,7 +110,7 @@ def fit(state: dict[str, Tensor], plain: Plain, backbone: nn.Module) -> tuple[di
                 match.changed[name] = plain.changed[name]
     used = {origin for name in match.taken for origin in plain.origin[name].split(", ")}
     match.leftover = [name for name in state if name not in used]
-    parts = {name.split(".")[0] for name in wanted} | {"pos_embed", "rel_pos_bias", "norm"}
+    parts = {name.split(".")[0] for name in wanted} | {"pos_embed", "rel_pos_bias", "norm", "cls_token", *REGISTERS}
     match.foreign = [name for name in plain.tensors
                      if name not in wanted and name.split(".")[0] in parts and not BESIDE.match(name)]
     return taken, match
@@ -119,6 +119,12 @@ def fit(state: dict[str, Tensor], plain: Plain, backbone: nn.Module) -> tuple[di
 def check(match: Match, file: str, backbone: str) -> None:
     """Errors: InputError unless every tensor of the backbone was found in the right shape, and the file has no more of
     such a network, of which a part would be loaded in silence."""
+    if lost := next((name for name in match.foreign if name in REGISTERS), None):  # first: no shape is to blame
+        import timm
+
+        near = timm.list_models(re.sub(r"(_patch\d+).*|$", r"\1_reg*", backbone, count=1))
+        raise InputError(f"{file} has register tokens ({lost}), and {backbone} has no place for them; give the "
+                         f"backbone that it was trained with{', such as ' if near else ''}{' or '.join(near)}.")
     if match.misshapen:
         name, what = next(iter(match.misshapen.items()))
         sobel = what.startswith("(64, 2,")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..backbones import build, image_size
 from ..errors import InputError
-from .layouts import TABLE, Plain
+from .layouts import REGISTERS, TABLE, Plain
 
 RESNETS = {  # blocks per stage, whether of three convolutions
     ((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), False): "resnet34", ((3, 4, 6, 3), True): "resnet50",
@@ -73,6 +73,8 @@ def _transformer(plain: Plain) -> Network:
                     "init_values": 0.1 if "blocks.0.gamma_1" in found else None,  # 0.1: layer scale, then overwritten
                     "qkv_bias": "blocks.0.attn.q_bias" in found}
         return f"beit_{kind}_patch{patch}_224", numbers, size
+    if any(name in found for name in REGISTERS):
+        raise _ask("it holds a vision transformer with register tokens", "vit_small_patch14_reg4_dinov2")
     if plain.heads:
         numbers["num_heads"] = plain.heads
     elif width == 384 and any("layers." in origin for origin in plain.origin.values()):
