@@ -35,6 +35,8 @@ HALF = (0.5, 0.5, 0.5)
 class Pictures:
     """A stand-in for sslnb.data.Images: pixels (N, h, w, 3) uint8; the images in `bad` cannot be read."""
 
+    first = data.Images.first
+
     def __init__(self, pixels, labels=None, bad=(), name="pictures"):
         self.pixels, self.bad, self.name, self.split = pixels, set(bad), name, "train"
         self.labels = None if labels is None else torch.as_tensor(labels)
@@ -693,6 +695,12 @@ def test_evaluate_a_timm_name(tmp_path, pictures, builds):
     assert builds == [("tiny", 12)] * 2 and torch.equal(torch.get_rng_state(), state)
     assert [r["source"] for r in rows] == ["tiny (untrained)", "random initialisation", "raw pixels"]
     assert len((tmp_path / "new" / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_first_image_that_can_be_read_tells_the_size(pictures, builds):
+    pictures.bad = {0, 1}
+    rows = evaluate("tiny", (pictures, pictures), ["knn"], baselines=False)
+    assert builds == [("tiny", 12)] and (rows[0]["size"], rows[0]["broken"]) == (12, 4)
 
 
 def test_evaluate_an_exported_folder(source, tmp_path):

@@ -155,7 +155,7 @@ def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: 
              ) -> Iterator[Subject]:
     """The source, then its random initialisation (statistics calibrated on `train`), then raw pixels. Several
     `processes` leave their pieces of features in `folder`."""
-    size = size or source.size or min(LARGEST_SIZE, *train[0].size)
+    size = size or source.size or min(LARGEST_SIZE, *train.first(1)[0].size)
     inputs = dict(size=size, pool=source.pool, device=device, workers=workers)
 
     def by(who: Source) -> Callable | None:
