@@ -477,6 +477,12 @@ def test_a_swin_v2_is_loaded_by_its_name(tmp_path):
     close(features(backbone, torch.ones(1, 3, 64, 64)), features(ours, torch.ones(1, 3, 64, 64)))
 
 
+def test_patches_that_overlap_tell_no_size(tmp_path):
+    """Hiera's kernels are 7 px wide and 4 apart, so its 56 x 56 positions are of 224 px and not of 392."""
+    torch.save(shapes("hiera_tiny_224", 224, ()), tmp_path / "x.pth")
+    assert zoo.network(tmp_path / "x.pth", "hiera_tiny_224")[2] == 224
+
+
 def test_register_tokens_are_not_lost(tmp_path):
     """DINOv2's own files and timm's keep them in two ways; timm's conversion is the judge of ours."""
     from timm.models.vision_transformer import checkpoint_filter_fn

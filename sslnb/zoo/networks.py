@@ -104,7 +104,7 @@ def size_in(plain: Plain) -> int:
     if "patch_embed.proj.weight" not in found:
         return 0
     patch, positions = found["patch_embed.proj.weight"].shape[-1], found.get("pos_embed")
-    if positions is not None and positions.ndim == 3:  # of a square grid, with or without the class token
+    if positions is not None and "cls_token" in found:  # of a square grid; others, such as Hiera, have larger kernels
         return patch * round(math.sqrt(positions.shape[1] - 1))
     for name in (f"blocks.0.attn.{TABLE}", f"rel_pos_bias.{TABLE}"):
         if name in found:
