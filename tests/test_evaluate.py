@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from conftest import measured
 from PIL import Image
 from torch import nn
 
-from sslnb import backbones, data, methods, prepare, pretrain
+from sslnb import Run, backbones, data, methods, prepare, pretrain
 from sslnb.errors import InputError
 from sslnb.evaluate import PROTOCOLS, Outcome, Subject, evaluate, few_labels, interval, mean_interval, pieces, table
 from sslnb.evaluate.collapse import alignment, diagnose, effective_rank, feature_std, panel, uniformity
@@ -33,6 +34,8 @@ HALF = (0.5, 0.5, 0.5)
 
 class Pictures:
     """A stand-in for sslnb.data.Images: pixels (N, h, w, 3) uint8; the images in `bad` cannot be read."""
+
+    first = data.Images.first
 
     def __init__(self, pixels, labels=None, bad=(), name="pictures"):
         self.pixels, self.bad, self.name, self.split = pixels, set(bad), name, "train"
@@ -571,7 +574,9 @@ def test_diagnose_copes_with_gaps():
 
 # ---- evaluate ----
 
-class FakeRun:
+class FakeRun(Run):
+    recipe = None  # else a property, of a file
+
     def __init__(self, path: Path):
         self.path, self.net = path, Net()
         self.recipe = types.SimpleNamespace(size=12, pool="model", data="named", backbone="net", backbone_numbers={},
@@ -618,12 +623,7 @@ def test_evaluate_numbers_come_from_the_named_features(tmp_path, pictures, build
 
 
 def test_evaluate_a_run_directory_and_its_data(tmp_path, pictures, monkeypatch):
-    import sslnb
-
-    module = types.ModuleType("sslnb.run")
-    module.Run = types.SimpleNamespace(open=lambda path: FakeRun(Path(path)))
-    monkeypatch.setitem(sys.modules, "sslnb.run", module)
-    monkeypatch.setattr(sslnb, "run", module, raising=False)
+    monkeypatch.setattr(Run, "open", lambda path: FakeRun(Path(path)))
     loaded = []
     monkeypatch.setattr("sslnb.data.load", lambda name, split: loaded.append((name, split)) or pictures)
     (row,) = evaluate(str(tmp_path), protocols=["knn"], baselines=False)
@@ -697,6 +697,34 @@ def test_evaluate_a_timm_name(tmp_path, pictures, builds):
     assert builds == [("tiny", 12)] * 2 and torch.equal(torch.get_rng_state(), state)
     assert [r["source"] for r in rows] == ["tiny (untrained)", "random initialisation", "raw pixels"]
     assert len((tmp_path / "new" / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_first_image_that_can_be_read_tells_the_size(pictures, builds):
+    pictures.bad = {0, 1}
+    rows = evaluate("tiny", (pictures, pictures), ["knn"], baselines=False)
+    assert builds == [("tiny", 12)] and (rows[0]["size"], rows[0]["broken"]) == (12, 4)
+
+
+def test_evaluate_an_exported_folder(source, tmp_path):
+    """With the same numbers as the run, and as the file in it; without the recipe, its network has to be named."""
+    folder = source.export(tmp_path / "export")
+    rows = [evaluate(given, protocols=["knn"], baselines=False, out=tmp_path / "out")[0]
+            for given in (source, folder, str(folder / "model.safetensors"))]
+    assert [row["source"] for row in rows] == [source.path.name, *["export/model.safetensors"] * 2]
+    assert len({(row["top1"], row["size"]) for row in rows}) == 1
+    (folder / "recipe.json").unlink()  # as on the hub
+    with pytest.raises(InputError, match="give `backbone`"):
+        open_source(folder, 0)
+    assert open_source(folder, 0, source.recipe.backbone).architecture == source.recipe.backbone
+    run = Run.open(shutil.copytree(source.path, tmp_path / "run"))
+    assert open_source(run.export(run.path), 0).folder == run.path, "a run stays one"
+
+
+@pytest.mark.parametrize("given", [Net(), None, ["resnet18"]])
+def test_what_is_no_source_says_so_in_one_sentence(given):
+    kind = type(given).__name__
+    with pytest.raises(InputError, match=rf"A {kind} is nothing that can be .* save the state_dict\(\) to a file"):
+        evaluate(given, protocols=["knn"])
 
 
 def test_evaluate_without_labels_prints_one_note(pictures, capsys, builds):

@@ -439,6 +439,86 @@ def test_sobel_stems_small_stems_lightly_dino_and_solo(tmp_path):
     close(features(loaded, images), features(vit.eval(), images))
 
 
+@pytest.mark.parametrize("name, size", [("vit_mini", 32), ("beit_mini", 28), ("swin_mini", 20), ("swin_mini", 28)])
+def test_a_file_of_a_network_of_ours_says_its_size_itself(name, size, tmp_path):
+    """No shape tells the heads of such a width, so the name must be given; the size need not be."""
+    from sslnb.evaluate.sources import open_source
+
+    path, ours = tmp_path / "x.pth", build(name, size).eval()
+    torch.save(ours.state_dict(), path)
+    images = torch.randn(2, 3, size, size)
+    for asked in (None, size):
+        backbone, match = zoo.load(path, name, asked)
+        assert match.size == size and not match.changed
+        close(features(backbone, images), features(ours, images))
+    larger, match = zoo.load(path, name, size + 4)
+    assert features(larger, torch.randn(2, 3, size + 4, size + 4)).shape == (2, 64)
+    assert all("resampled" in change for change in match.changed.values())
+    assert open_source(path, 0, name).size == size
+    with pytest.raises(InputError, match="give `backbone`"):
+        zoo.load(path)
+
+
+def test_a_swin_v2_is_loaded_by_its_name(tmp_path):
+    name, path = "swinv2_tiny_window8_256", tmp_path / "x.pth"
+    torch.save(shapes(name, 256, ()), path)
+    with pytest.raises(InputError, match="a Swin V2, whose windows and size are in no shape: .* 'swinv2_tiny_window8"):
+        zoo.load(path)
+    with torch.device("meta"):
+        assert zoo.load(path, name)[1].size == zoo.network(path, name)[2] == 256, "that of timm's weights"
+        assert zoo.load(path, name, 128)[0].patch_embed.grid_size == (32, 32)
+    numbers = {"depths": (1, 1), "num_heads": (3, 6)}
+    ours = build(name, 64, **numbers).eval()
+    file = {official_swin_name(key): tensor for key, tensor in ours.state_dict().items()}
+    buffers = dict.fromkeys(("relative_coords_table", "relative_position_index"), ONE)
+    torch.save({"model": file | below("layers.0.blocks.0.attn.", buffers) | {"head.weight": ONE}}, path)
+    backbone, match = zoo.load(path, name, 64, **numbers)
+    assert len(match.leftover) == 3
+    close(features(backbone, torch.ones(1, 3, 64, 64)), features(ours, torch.ones(1, 3, 64, 64)))
+
+
+def test_patches_that_overlap_tell_no_size(tmp_path):
+    """Hiera's kernels are 7 px wide and 4 apart, so its 56 x 56 positions are of 224 px and not of 392."""
+    torch.save(shapes("hiera_tiny_224", 224, ()), tmp_path / "x.pth")
+    assert zoo.network(tmp_path / "x.pth", "hiera_tiny_224")[2] == 224
+
+
+def test_register_tokens_are_not_lost(tmp_path):
+    """DINOv2's own files and timm's keep them in two ways; timm's conversion is the judge of ours."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    bare, right, path = "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", tmp_path / "x.pth"
+    official = {name: torch.randn_like(tensor) for name, tensor in build(bare, 56, depth=1).state_dict().items()}
+    official |= {"register_tokens": torch.randn(1, 4, 384), "mask_token": torch.zeros(1, 384)}
+    ours = build(right, 56, depth=1).eval()
+    ours.load_state_dict(checkpoint_filter_fn(dict(official), ours))
+    images = torch.randn(2, 3, 56, 56)
+    for file, name in ((official, "register_tokens"), (ours.state_dict(), "reg_token")):
+        torch.save(below("backbone.", file), path)
+        with pytest.raises(InputError, match=rf"has register tokens \({name}\), and {bare} has no .*, such as {right}"):
+            zoo.load(path, bare, depth=1)
+        with pytest.raises(InputError, match=f"with register tokens: give `backbone`, a timm name such as '{right}'"):
+            zoo.load(path)
+        backbone, match = zoo.load(path, right, depth=1)
+        assert match.size == 56 and match.leftover == ["backbone.mask_token"] * (file is official)
+        close(features(backbone, images), features(ours, images))
+        smaller, _ = zoo.load(path, right, 28, depth=1)  # only places have positions in timm's, and all of them move
+        grid = F.interpolate(ours.pos_embed.unflatten(1, (4, 4)).permute(0, 3, 1, 2), (2, 2), mode="bicubic",
+                             antialias=True)
+        close(smaller.pos_embed, grid.flatten(2).transpose(1, 2))
+
+
+def test_tensors_beside_a_wrapper_are_not_the_state_dict(tmp_path):
+    """torchvision's and MoCo's training scripts save the best accuracies as tensors, on the level of the wrapper."""
+    resnet = build("resnet18", 224)
+    scores = {"best_acc1": torch.tensor(71.0), "best_acc5": torch.tensor(90.0), "epoch": 3, "model": {"lr": 0.1}}
+    torch.save({**scores, "state_dict": below("module.encoder_q.", resnet.state_dict())}, tmp_path / "x.pth")
+    backbone, match = zoo.load(tmp_path / "x.pth")
+    assert torch.equal(backbone.conv1.weight, resnet.conv1.weight) and not match.leftover
+    torch.save({**resnet.state_dict(), "model": {"lr": 0.1, "mean": torch.zeros(3)}}, tmp_path / "y.pth")
+    assert zoo.load(tmp_path / "y.pth")[1].backbone == "resnet18", "a state dict with something about it"
+
+
 # ---------------------------------------------------------------- BYOL's JAX file
 
 

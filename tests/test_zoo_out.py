@@ -96,6 +96,20 @@ def test_a_card_has_no_results_of_half_trained_weights_and_none_twice(copied, tm
     assert "12.3" not in card and "| 45.6 [" in card and card.count("| run |") == 1
 
 
+def test_a_card_has_what_detectors_and_support_vector_machines_reached(copied, tmp_path):
+    about = {"source": "run", "data": "VOCdevkit", "seed": 0}
+    for row in ({"protocol": "detect_voc_c4", "ap50": 80.0, "ap": 50.0, "ap75": 55.0, "interval": [78.0, 82.0]},
+                {"protocol": "detect_coco_c4_1x", "ap50": 60.0, "ap": 40.0, "ap75": 44.0},
+                {"protocol": "voc07_svm", "mAP": 70.0, "n": 4952},
+                {"protocol": "voc07_low_shot", "mAP": {"1": 20.0}, "n": 4952}):
+        append_jsonl(copied.path / "results.jsonl", {**about, **row})
+    card = (copied.export(tmp_path / "out") / "README.md").read_text()
+    for words in ("detect_voc_c4 | AP50 80.0 [78.0, 82.0] | – |", "detect_coco_c4_1x | AP 40.0 | – |",
+                  "voc07_svm | mAP 70.0 | 4,952 |"):
+        assert f"| run | VOCdevkit | {words} 0 |" in card, card
+    assert "low_shot" not in card, "no number sums a curve up"
+
+
 def test_a_run_that_is_not_done_does_not_go_out(run, tmp_path):
     from sslnb.checks import prepare
 

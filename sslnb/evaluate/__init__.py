@@ -90,16 +90,16 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
 
     `protocols`: "knn" and "linear" of frozen features, "few_labels" for fine-tuning on (at most) ten images per class,
     for which "random initialisation" means training from scratch; or a name in RECIPES, which trains as `pretrain` does
-    ("semi_…" nine settings, of which held-out labels choose one). `source`: a Run, the path of a run directory, a file
-    of weights of a `backbone`, a name of the zoo, or a timm name (random weights). `data`: a name or folder for
-    `sslnb.data.load`, or a pair (train, test) of loaded images, for protocols that do not train; default: what the run
-    was trained on, else "digits_scattered". `baselines` adds "random initialisation" (BatchNorm statistics calibrated)
-    and "raw pixels" to those. Rows go to `results.jsonl` in the run directory or in `out` as soon as each is known.
-    `size`: of the images, if not that of the run. A protocol that returns None does not apply to those features and
-    gives no row. Data without labels give an empty list and a printed note. `device` "auto" is the GPU if there is one;
-    `workers` "auto" reads files with most of the cores. `processes`: as many as GPUs; features are then computed in
-    pieces that stay in the folder of the results, so that an interrupted evaluation continues. `settings` are those of
-    `train_protocol`, epochs, batch …, or the `steps` of "few_labels".
+    ("semi_…" nine settings, of which held-out labels choose one). `source`: a Run, the path of a run directory or of
+    what it exported, a file of weights of a `backbone`, a name of the zoo, or a timm name (random weights). `data`: a
+    name or folder for `sslnb.data.load`, or a pair (train, test) of loaded images, for protocols that do not train;
+    default: what the run was trained on, else "digits_scattered". `baselines` adds "random initialisation" (BatchNorm
+    statistics calibrated) and "raw pixels" to those. Rows go to `results.jsonl` in the run directory or in `out` as
+    soon as each is known. `size`: of the images, if not that of the run. A protocol that returns None does not apply to
+    those features and gives no row. Data without labels give an empty list and a printed note. `device` "auto" is the
+    GPU if there is one; `workers` "auto" reads files with most of the cores. `processes`: as many as GPUs; features are
+    then computed in pieces that stay in the folder of the results, so that an interrupted evaluation continues.
+    `settings` are those of `train_protocol`, epochs, batch …, or the `steps` of "few_labels".
     """
     protocols = [protocols] if isinstance(protocols, str) else list(protocols)
     for name, value in (("processes", processes), ("seed", seed), ("workers", workers)):

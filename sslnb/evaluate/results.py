@@ -54,10 +54,10 @@ def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
     such as curves of low shot, are left out. `published` numbers (dicts with `top1`, `protocol`, `source`) come below,
     in lines of their own: they belong to other data and protocols than the cells above.
     """
-    rows = [row for row in rows if _cell(row)]
+    rows = [row for row in rows if shown(row)]
     sources = list(dict.fromkeys(row["source"] for row in rows))
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    cells = {(row["source"], row["protocol"]): _cell(row) for row in rows}
+    cells = {(row["source"], row["protocol"]): shown(row) for row in rows}
     grid = [["features", *protocols]]
     grid += [[s, *(cells.get((s, p), "–") for p in protocols)] for s in sources]
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
@@ -66,8 +66,9 @@ def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: dict) -> str:
-    """Accuracy; of detectors VOC's AP50 with its interval or COCO's AP; of support vector machines the mean AP."""
+def shown(row: dict) -> str:
+    """The number that sums a row up, in %: accuracy; of detectors VOC's AP50 with its interval or COCO's AP; of support
+    vector machines the mean AP. "" where there is none, as in curves of low shot."""
     detector = "ap50" if "interval" in row else "ap"
     for key, name in (("top1", ""), (detector, detector.upper() + " "), ("mAP", "mAP ")):
         if isinstance(value := row.get(key), int | float):

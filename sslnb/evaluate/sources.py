@@ -1,4 +1,4 @@
-"""What can be evaluated: a run, the path of one, a file of weights, a name of the zoo or of timm; and its rivals."""
+"""What can be evaluated: a run, its path or export, a file of weights, a name of the zoo or timm; and its rivals."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError
+from ..run import Run
 from .features import Features, calibrated, extract, raw_pixels, the_device
 
 WEIGHTS = (".pth", ".pt", ".safetensors", ".pkl", ".tar", ".bin")  # no name of a network ends so
@@ -78,35 +79,38 @@ class Subject:
 
 
 def open_source(source, seed: int, backbone: str | None = None, **numbers: object) -> Source:
-    """A Run, the path of a run directory, a file of weights, a name of the zoo's, a timm name (weights drawn from
-    `seed`), or a Source, which is open already.
+    """A Run, the path of a run directory or exported folder, a file of weights, a name of the zoo's, a timm name
+    (weights drawn from `seed`), or a Source, which is open already.
 
     `backbone` is the timm name of a file's network, if the file does not tell; `numbers` are for its construction, such
-    as sobel=True.
+    as sobel=True. Errors: InputError for anything else.
     """
     from .. import backbones, zoo
 
     if isinstance(source, Source):
         return source
-    if isinstance(source, str | Path) and Path(source).name == "backbone.safetensors" and backbone is None:
+    if isinstance(source, Run):
+        return _from_run(source, seed)
+    if not isinstance(source, str | Path):
+        raise InputError(f"A {type(source).__name__} is nothing that can be evaluated: give a run, a path, a file of "
+                         "weights or a name; of a model in memory save the state_dict() to a file, and give that and "
+                         "its timm name as `backbone`.")
+    if Path(source).name == "backbone.safetensors" and backbone is None:
         source = zoo.home_of(source) or source  # a run's weights are the run
-    if isinstance(source, str | Path) and (Path(source).is_file() or str(source) in zoo.MODELS):
+    weights, exported = (Path(source, name) for name in zoo.OURS)
+    if exported.is_file() and not weights.is_file():
+        source = exported
+    if Path(source).is_file() or str(source) in zoo.MODELS:
         return _from_file(source, seed, backbone, numbers)
-    if isinstance(source, str | Path):
-        if not Path(source).is_dir():
-            if isinstance(source, Path) or "/" in source.partition(":")[0] or source.endswith(WEIGHTS):
-                raise InputError(f"There is no run directory or file {str(source)!r}: give one that exists, or a timm "
-                                 "name.")
-            build = _seeded(seed, lambda size: backbones.build(source, size))
-            return Source(f"{source} (untrained)", build, build, architecture=str(source), fresh_weights=True,
-                          origin=str(source))
-        from ..run import Run
-
-        source = Run.open(source)
-    return _from_run(source, seed)
+    if Path(source).is_dir():
+        return _from_run(Run.open(source), seed)
+    if isinstance(source, Path) or "/" in source.partition(":")[0] or source.endswith(WEIGHTS):
+        raise InputError(f"There is no run directory or file {str(source)!r}: give one that exists, or a timm name.")
+    build = _seeded(seed, lambda size: backbones.build(source, size))
+    return Source(f"{source} (untrained)", build, build, architecture=source, fresh_weights=True, origin=source)
 
 
-def _from_run(run, seed: int) -> Source:
+def _from_run(run: Run, seed: int) -> Source:
     from ..zoo.networks import resized
 
     recipe, name, progress, early = run.recipe, Path(run.path).name, run.progress(), None
@@ -130,7 +134,6 @@ def _from_run(run, seed: int) -> Source:
 
 def _from_file(file: str | Path, seed: int, backbone: str | None, numbers: Mapping[str, object]) -> Source:
     from .. import zoo
-    from ..run import Run
 
     name, numbers, native = zoo.network(file, backbone, **numbers)
 
@@ -152,7 +155,7 @@ def subjects(source: Source, train, *, size: int | None, baselines: bool, seed: 
              ) -> Iterator[Subject]:
     """The source, then its random initialisation (statistics calibrated on `train`), then raw pixels. Several
     `processes` leave their pieces of features in `folder`."""
-    size = size or source.size or min(LARGEST_SIZE, *train[0].size)
+    size = size or source.size or min(LARGEST_SIZE, *train.first(1)[0].size)
     inputs = dict(size=size, pool=source.pool, device=device, workers=workers)
 
     def by(who: Source) -> Callable | None:

@@ -48,7 +48,8 @@ def _resampled(name: str, x: Tensor, target: nn.Module) -> Tensor:
     if name == "pos_embed" and x.shape[-1] == shape[-1]:
         from timm.layers import resample_abs_pos_embed
 
-        return resample_abs_pos_embed(x, target.patch_embed.grid_size, num_prefix_tokens=target.num_prefix_tokens)
+        placed = 0 if getattr(target, "no_embed_class", False) else target.num_prefix_tokens  # tokens with positions
+        return resample_abs_pos_embed(x, target.patch_embed.grid_size, num_prefix_tokens=placed)
     if name.endswith(TABLE) and x.shape[-1] == shape[-1]:
         window = target.get_submodule(name.rpartition(".")[0]).window_size
         return resampled_table(x, 2 * window[0] - 1, extra=shape[0] - (2 * window[0] - 1) * (2 * window[1] - 1))

@@ -120,6 +120,7 @@ def _network(opened: _Opened, backbone: str | None, numbers: dict[str, Any], siz
         return recipe.backbone, {**recipe.backbone_numbers, **numbers}, recipe.size
     if row and backbone in (None, row.backbone):
         return row.backbone, {**row.numbers, **numbers}, row.size
+    plain = None
     try:  # beside the name: the size they are made for, heads that the layout knows
         plain = opened.plain()
         plain.heads = numbers.get("num_heads", plain.heads)
@@ -127,7 +128,7 @@ def _network(opened: _Opened, backbone: str | None, numbers: dict[str, Any], siz
     except InputError as error:
         if backbone is None or isinstance(error, networks.Ambiguous):
             raise
-        return backbone, numbers, size or 224
+        return backbone, numbers, plain and networks.size_in(plain) or size or networks.usual_size(backbone)
     return backbone or name, {**(found if backbone in (None, name) else {}), **numbers}, native
 
 

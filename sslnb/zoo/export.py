@@ -13,6 +13,7 @@ import torch
 
 from ..backbones import as_timm, small_stem
 from ..errors import InputError
+from ..evaluate.results import shown
 from ..files import save_tensors, write_atomic
 from ..run import Run
 
@@ -22,7 +23,7 @@ LICENCE = "mit"
 def export(run: Run, folder: str | Path | None = None, *, licence: str = LICENCE, openmmlab: bool = False) -> Path:
     """Write model.safetensors (timm's names), config.json (timm's, for the hub, unless timm has no name for the stem),
     recipe.json and README.md, a model card with recipe, data, the line of Python that loads it and every measured
-    result; `openmmlab` adds openmmlab.pth, in the names of their detectors.
+    result that one number sums up; `openmmlab` adds openmmlab.pth, in the names of their detectors.
 
     `folder`: where, or `export` in the run directory. Errors: InputError for a run that is not finished.
     """
@@ -110,10 +111,9 @@ def _card(run: Run, backbone, licence: str) -> str:
     recipe, start = run.recipe, (run.provenance() or [{}])[-1]
     # An evaluation of weights before the last says its step; what was evaluated again counts once.
     newest = {(r["source"], r["data"], r["protocol"], r["seed"]): r for r in run.results() if "step" not in r}
-    rows = [f"| {r['source']} | {r['data']} | {r['protocol']} | {r['top1']:.1f} "
-            f"[{r['interval'][0]:.1f}, {r['interval'][1]:.1f}] | {r['n']:,} | {r['seed']} |"
-            for r in newest.values() if "top1" in r and "interval" in r]
-    table = "\n".join(["| features | data | protocol | top-1 (%), 95 % interval | images | seed |",
+    rows = [f"| {r['source']} | {r['data']} | {r['protocol']} | {shown(r)} | "
+            + (f"{r['n']:,}" if "n" in r else "–") + f" | {r['seed']} |" for r in newest.values() if shown(r)]
+    table = "\n".join(["| features | data | protocol | top-1 or as said (%), 95 % interval | images | seed |",
                        "|---|---|---|---|---|---|", *rows]) if rows else "Nothing was measured yet."
     return f"""---
 license: {licence}

@@ -234,11 +234,19 @@ DIALECTS: tuple[tuple[str, Callable[[Plain], None]], ...] = (
 # ---------------------------------------------------------------- towards the backbone
 
 TABLE = "relative_position_bias_table"
+REGISTERS = ("reg_token", "register_tokens")  # in timm, in DINOv2's files
 
 
 def adapt(plain: Plain, wanted: dict[str, torch.Size]) -> None:
-    """Three things that a BEiT may keep in two ways, turned into the way of the backbone: names and shapes `wanted`."""
+    """Three things that a BEiT may keep in two ways, and DINOv2's register tokens, turned into the way of the backbone:
+    names and shapes `wanted`."""
     found = plain.tensors
+    if "reg_token" in wanted and found.keys() >= {"register_tokens", "cls_token", "pos_embed"}:
+        _renamed(plain, ("^register_tokens$", "reg_token"))
+        found = plain.tensors
+        first, places = found["pos_embed"].tensor_split([1], dim=1)
+        plain.put("cls_token", found["cls_token"] + first, plain.origin["cls_token"], "with its position added")
+        plain.put("pos_embed", places, plain.origin["pos_embed"], "without that of the class token")
     shared = f"rel_pos_bias.{TABLE}"
     if shared in found and shared not in wanted:
         for name in [name for name in wanted if name.endswith(f".attn.{TABLE}") and name not in found]:

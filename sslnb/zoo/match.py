@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .layouts import Plain, adapt
+from .layouts import REGISTERS, Plain, adapt
 
 # Where files keep the network that evaluation wants; DINO's teacher is the one that its numbers were measured with.
 WRAPPERS = ("state_dict", "model", "model_state", "teacher", "backbone", "network", "classy_state_dict", "base_model",
             "trunk", "method", "model_state_dict", "net")
 # Parts that a file may have beside the backbone, under names of its own level: never a part of a backbone without them.
-BESIDE = re.compile(r"(fc|head|fc_norm)\.|(mask_token|mask_gamma)$|.*(relative_position_index|attn_mask)$")
+BESIDE = re.compile(r"(fc|head|fc_norm)\.|(mask_token|mask_gamma)$"
+                    r"|.*(relative_position_index|relative_coords_table|attn_mask)$")
 
 
 @dataclass
@@ -66,16 +67,20 @@ def _some(names: list[str], prefix: str = "") -> str:
 
 def tensors(found: object) -> dict[str, Tensor]:
     """The state dict in what a file holds, inside its usual wrappings. Errors: InputError if there is none."""
-    while isinstance(found, dict):
-        flat = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-        inner = next((found[name] for name in WRAPPERS if isinstance(found.get(name), dict)), None)
-        if inner is None or len(flat) > 1:
-            break
-        found = inner
-    if not isinstance(found, dict) or not any(isinstance(value, Tensor) for value in found.values()):
-        raise InputError("there is no state dict in it: it must hold tensors by name, possibly inside one of "
-                         f"{', '.join(WRAPPERS)}")
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    if state := _unwrapped(found):
+        return state
+    raise InputError("there is no state dict in it: it must hold tensors by name, possibly inside one of "
+                     f"{', '.join(WRAPPERS)}")
+
+
+def _unwrapped(found: object) -> dict[str, Tensor]:
+    """{} if there is none. Beside a wrapper may be tensors, such as the best accuracies, but not more than inside it:
+    then it is a state dict itself."""
+    if not isinstance(found, dict):
+        return {}
+    flat = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    inner = next((state for name in WRAPPERS if (state := _unwrapped(found.get(name)))), {})
+    return flat if len(flat) > len(inner) else inner
 
 
 def fit(state: dict[str, Tensor], plain: Plain, backbone: nn.Module) -> tuple[dict[str, Tensor], Match]:
@@ -105,7 +110,7 @@ def fit(state: dict[str, Tensor], plain: Plain, backbone: nn.Module) -> tuple[di
                 match.changed[name] = plain.changed[name]
     used = {origin for name in match.taken for origin in plain.origin[name].split(", ")}
     match.leftover = [name for name in state if name not in used]
-    parts = {name.split(".")[0] for name in wanted} | {"pos_embed", "rel_pos_bias", "norm"}
+    parts = {name.split(".")[0] for name in wanted} | {"pos_embed", "rel_pos_bias", "norm", "cls_token", *REGISTERS}
     match.foreign = [name for name in plain.tensors
                      if name not in wanted and name.split(".")[0] in parts and not BESIDE.match(name)]
     return taken, match
@@ -114,6 +119,12 @@ def fit(state: dict[str, Tensor], plain: Plain, backbone: nn.Module) -> tuple[di
 def check(match: Match, file: str, backbone: str) -> None:
     """Errors: InputError unless every tensor of the backbone was found in the right shape, and the file has no more of
     such a network, of which a part would be loaded in silence."""
+    if lost := next((name for name in match.foreign if name in REGISTERS), None):  # first: no shape is to blame
+        import timm
+
+        near = timm.list_models(re.sub(r"(_patch\d+).*|$", r"\1_reg*", backbone, count=1))
+        raise InputError(f"{file} has register tokens ({lost}), and {backbone} has no place for them; give the "
+                         f"backbone that it was trained with{', such as ' if near else ''}{' or '.join(near)}.")
     if match.misshapen:
         name, what = next(iter(match.misshapen.items()))
         sobel = what.startswith("(64, 2,")

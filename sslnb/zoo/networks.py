@@ -4,11 +4,11 @@ import math
 import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones import build, image_size
 from ..errors import InputError
-from .layouts import TABLE, Plain
+from .layouts import REGISTERS, TABLE, Plain
 
 RESNETS = {  # blocks per stage, whether of three convolutions
     ((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), False): "resnet34", ((3, 4, 6, 3), True): "resnet50",
@@ -61,12 +61,8 @@ def _transformer(plain: Plain) -> Network:
         raise _ask(f"it holds a vision transformer of width {width}, whose number of heads is not in any shape")
     kind, usual = VITS[width]
     numbers: dict[str, Any] = {} if depth == usual else {"depth": depth}
-    tables = [found[name] for name in (f"blocks.0.attn.{TABLE}", f"rel_pos_bias.{TABLE}") if name in found]
-    if "pos_embed" in found:
-        size = patch * round(math.sqrt(found["pos_embed"].shape[1] - 1))
-    elif tables:  # (2 · side − 1)² offsets and three of the class token
-        size = patch * (round(math.sqrt(len(tables[0]) - 3)) + 1) // 2
-    else:
+    size = size_in(plain)
+    if not size:
         raise _ask("it holds a vision transformer without positions, so its size is unknown")
     if "fc_norm.weight" in found and "norm.weight" not in found:
         numbers["global_pool"] = "avg"  # fine-tuned: the pooled tokens are normalised, not each of them
@@ -77,6 +73,8 @@ def _transformer(plain: Plain) -> Network:
                     "init_values": 0.1 if "blocks.0.gamma_1" in found else None,  # 0.1: layer scale, then overwritten
                     "qkv_bias": "blocks.0.attn.q_bias" in found}
         return f"beit_{kind}_patch{patch}_224", numbers, size
+    if any(name in found for name in REGISTERS):
+        raise _ask("it holds a vision transformer with register tokens", "vit_small_patch14_reg4_dinov2")
     if plain.heads:
         numbers["num_heads"] = plain.heads
     elif width == 384 and any("layers." in origin for origin in plain.origin.values()):
@@ -93,9 +91,40 @@ def _swin(plain: Plain) -> Network:
     kind = SWINS.get((width, depths))
     if not kind or found["patch_embed.proj.weight"].shape[-1] != 4:
         raise _ask(f"it holds a Swin of width {width} with {'-'.join(map(str, depths))} blocks, none of timm's")
-    window = (round(math.sqrt(len(found[f"layers.0.blocks.0.attn.{TABLE}"]))) + 1) // 2
+    if f"layers.0.blocks.0.attn.{TABLE}" not in found:  # a small network makes V2's positions, for windows of any size
+        raise _ask("it holds a Swin V2, whose windows and size are in no shape", "swinv2_tiny_window8_256")
+    window = _side(found[f"layers.0.blocks.0.attn.{TABLE}"])
     numbers = {} if window == 7 else {"window_size": window}
-    return f"swin_{kind}_patch4_window7_224", numbers, 32 * window  # the last of four grids is one window
+    return f"swin_{kind}_patch4_window7_224", numbers, size_in(plain)
+
+
+def size_in(plain: Plain) -> int:
+    """The size in px that a transformer's positions are made for, of whatever width; 0 if nothing tells it."""
+    found = plain.tensors
+    if "patch_embed.proj.weight" not in found:
+        return 0
+    patch, positions = found["patch_embed.proj.weight"].shape[-1], found.get("pos_embed")
+    if positions is not None and "cls_token" in found:  # of a square grid; others, such as Hiera, have larger kernels
+        return patch * round(math.sqrt(positions.shape[1] - 1))
+    for name in (f"blocks.0.attn.{TABLE}", f"rel_pos_bias.{TABLE}"):
+        if name in found:
+            return patch * _side(found[name][:-3])  # the last three are of the class token
+    last = _count(found, r"layers\.(\d+)\.") - 1
+    table = found.get(f"layers.{last}.blocks.0.attn.{TABLE}")
+    return 0 if table is None else patch * 2**last * _side(table)  # a Swin's last grid is one window
+
+
+def _side(table: Tensor) -> int:
+    """Of the window with (2 · side − 1)² offsets."""
+    return (round(math.sqrt(len(table))) + 1) // 2
+
+
+def usual_size(name: str) -> int:
+    """That of the images which timm's weights of this name were trained with, else 224."""
+    import timm
+
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return known.input_size[-1] if known else 224
 
 
 def _count(names, pattern: str) -> int:
@@ -103,8 +132,8 @@ def _count(names, pattern: str) -> int:
     return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)
 
 
-def _ask(what: str) -> InputError:
-    return InputError(f"{what}: give `backbone`, a timm name such as 'resnet50', and numbers that differ from its own")
+def _ask(what: str, such: str = "resnet50") -> InputError:
+    return InputError(f"{what}: give `backbone`, a timm name such as {such!r}, and numbers that differ from its own")
 
 
 def resized(model: nn.Module, name: str, numbers: dict[str, Any], size: int) -> tuple[nn.Module, list[str]]:
