@@ -805,6 +805,20 @@ def test_table():
                                  "run       mAP 70.0  AP50 80.0 [78.0, 82.0]  AP 40.0"]
 
 
+def test_table_keeps_rows_of_several_sizes_apart():
+    def row(source, protocol, size, top1):
+        return {"source": source, "protocol": protocol, "size": size, "top1": top1}
+
+    rows = [row("run", "knn", 20, 35.0), row("run", "knn", 64, 39.0), row("raw pixels", "knn", 64, 9.0),
+            row("run", "detect_demo", 128, 50.0), row("run", "knn", 64, 40.0)]
+    assert table([*rows, {"source": "run", "protocol": "svm", "mAP": 70.0}]).splitlines() == [
+        "features           knn   detect_demo  svm", "run, 20 px         35.0  –            –",
+        "run, 64 px         40.0  –            –", "raw pixels, 64 px  9.0   –            –",
+        "run, 128 px        –     50.0         –", "run                –     –            mAP 70.0"]
+    assert table(rows[1:]).splitlines() == [
+        "features    knn   detect_demo", "run         40.0  50.0", "raw pixels  9.0   –"], "one size per protocol"
+
+
 def test_import_is_cheap():
     code = ("import sys, sslnb.evaluate, sslnb.evaluate.collapse; "
             "print([m for m in ('timm', 'sklearn', 'torchvision', 'scipy') if m in sys.modules])")
