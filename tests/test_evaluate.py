@@ -741,6 +741,27 @@ def test_evaluate_refuses_before_any_work(tmp_path, pictures, builds):
     assert builds == []
 
 
+@pytest.mark.parametrize("protocol", ["knn", "linear", "few_labels"])
+def test_weights_that_are_not_finite_give_a_sentence_and_no_accuracy(tmp_path, pictures, builds, protocol):
+    run = FakeRun(tmp_path / "broken")
+    run.net.layers[1].weight.data[3] = math.nan
+    said = "has numbers in layers.1.weight" if protocol == "few_labels" else "are not finite for 60 of 60 images"
+    with pytest.raises(InputError, match=f"broken {said}"):
+        evaluate(run, (pictures, pictures), [protocol])
+    assert not (tmp_path / "broken" / "results.jsonl").exists()
+
+
+def test_features_that_are_not_finite_are_counted_and_taken_as_they_are_where_nobody_names_them(pictures):
+    class Bright(nn.Module):
+        def forward(self, x):
+            return torch.where(x.mean((1, 2, 3), keepdim=True) > 0.7, torch.inf, x).flatten(1)
+
+    with pytest.raises(InputError, match="The features of it are not finite for 20 of 60 images of pictures"):
+        Subject("it", Bright(), 12).features(pictures)
+    how = {"size": 12, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    assert extract(Bright(), pictures, **how).x.isinf().any(1).sum() == 20
+
+
 def test_a_new_protocol_is_one_function(pictures, monkeypatch, builds):
     def half(subject, train, test, seed):
         return Outcome("half", 30, 60) if subject.backbone is not None else None
@@ -950,6 +971,19 @@ def test_two_evaluations_may_compute_the_same_piece_at_once(tmp_path, monkeypatc
     assert len(evaluated().index) == len(images) and len(written) == 4 + (2 if moment < 2 else 4)
     left = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()]
     assert len(left) == 4 and all(len(p.parts) == 3 for p in left), "no drafts"
+
+
+def test_pieces_of_features_that_are_not_finite_are_told_together(tmp_path, monkeypatch):
+    images, source = data.load("digits_scattered", "test").subset(range(50)), open_source("resnet_mini", 0)
+    network = source.backbone(20)
+    network.bn1.weight.data[0] = math.nan
+    monkeypatch.setattr(pieces, "PIECE", 20)
+    monkeypatch.setattr(pieces, "load", lambda name, split: images)
+    monkeypatch.setattr(pieces, "_start", lambda place, *how: pieces.compute(place, 0, 1, "cpu"))
+    monkeypatch.setattr(pieces, "limit_threads", lambda processes: None)
+    for _ in range(2):  # computed, and then found
+        with pytest.raises(InputError, match=r"resnet_mini \(untrained\) are not finite for 50 of 50 images of digits"):
+            pieces.features_by_pieces(source, network, images, 20, 0, tmp_path, 1)
 
 
 def test_images_that_no_other_process_can_load_are_refused(tmp_path):
