@@ -605,6 +605,23 @@ def test_evaluate_a_run_writes_its_rows(tmp_path, pictures, builds):
     assert len((tmp_path / "simclr_demo" / "results.jsonl").read_text().splitlines()) == 7  # appended
 
 
+def test_evaluate_a_few_images_have_fewer_neighbours_and_the_row_says_how_many(builds):
+    rng = np.random.default_rng(0)
+    train, test = (Pictures(rng.integers(0, 256, (n, 12, 12, 3)).astype(np.uint8), np.arange(n) % 3) for n in (15, 6))
+    rows = evaluate("tiny", (train, test), baselines=False)
+    assert [row["protocol"] for row in rows] == ["knn k15 t0.07", "linear grid cached"]
+    assert list(rows[0]["by_k"]) == ["10", "15"] and rows[0]["by_k"]["15"] == rows[0]["top1"]
+    train.bad = set(range(15))
+    with pytest.raises(InputError, match="The bank has no image that could be a neighbour"):
+        evaluate("tiny", (train, test), ["knn"], baselines=False, size=12)
+
+
+@pytest.mark.parametrize("wrong, words", [(0, "data is one Pictures, and"), (slice(1), "1 sets"), (slice(3), "3 sets")])
+def test_evaluate_says_that_it_needs_a_pair_of_sets(pictures, builds, wrong, words):
+    with pytest.raises(InputError, match=rf"{words}.*give a pair \(train, test\)"):
+        evaluate("tiny", [pictures, pictures, pictures][wrong])
+
+
 def test_evaluate_numbers_come_from_the_named_features(tmp_path, pictures, builds):
     run = FakeRun(tmp_path)
     pictures.labels = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0))  # hard on purpose
