@@ -19,6 +19,7 @@ from PIL import Image
 
 from .data import Images
 from .errors import InputError, unknown
+from .segments import decoded
 
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
                "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
@@ -124,37 +125,6 @@ class Boxes(Images):
         return {"images": images, "annotations": objects, "categories": names}
 
 
-# ---------------------------------------------------------------- masks
-
-
-def runs(mask: np.ndarray) -> dict:
-    """A mask (h, w) as the lengths of its runs down the columns, zeros first: COCO's uncompressed form."""
-    flat = np.concatenate([[False], mask.flatten(order="F")])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    return {"counts": np.diff([0, *edges, mask.size]).tolist(), "size": list(mask.shape)}
-
-
-def decoded(text: str, width: int, height: int) -> np.ndarray:
-    """COCO's "segmentation" as JSON, polygons or runs, to (height, width) bool."""
-    form = json.loads(text)
-    if isinstance(form, dict) and isinstance(form["counts"], list):
-        values = np.arange(len(form["counts"])) % 2 == 1
-        return np.repeat(values, form["counts"]).reshape(form["size"][::-1]).T
-    tool = coco_masks()
-    if isinstance(form, list):  # the tool would take a polygon of two corners for a box
-        form = tool.frPyObjects([p for p in form if len(p) >= 6] or [[0.0] * 6], int(height), int(width))
-    return tool.decode(tool.merge(form) if isinstance(form, list) else form) > 0
-
-
-def coco_masks():
-    """The tools for COCO's masks. Errors: InputError that says what to install."""
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError:
-        raise InputError("COCO's masks and numbers need a package: pip install faster-coco-eval.") from None
-    return mask
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -188,16 +158,16 @@ def find(name: str | Path, split: str) -> Boxes | None:
 
 @lru_cache(maxsize=4)  # a run asks several times, and reading takes seconds
 def _voc(root: Path, name: str, split: str, lists: tuple) -> Boxes:
-    named = {f.name.rpartition("_")[0] for file, _ in lists for f in file.parent.glob(f"*_{file.name}")}
-    classes = sorted(named) or VOC_CLASSES  # its list folder has a file for each class as well
-    items, sizes, rows, counts = [], [], [], []
+    classes, items, sizes, rows, counts = _voc_classes(root), [], [], [], []
     for file, _ in lists:
         year = file.parents[2]
         for word in file.read_text().split():
-            size, found = _voc_objects(year / "Annotations" / f"{word}.xml", classes)
+            size, found = _voc_objects(xml := year / "Annotations" / f"{word}.xml")
+            if strange := next((row[4] for row in found if row[4] not in classes), None):
+                unknown(f"class in {xml}, of which ImageSets/Main has no list,", strange, classes)
             items.append(f"{year.name}/JPEGImages/{word}.jpg")
             sizes.append(size)
-            rows += found
+            rows += [(*row[:4], classes.index(row[4]), row[5]) for row in found]
             counts.append(len(found))
     if not items:
         raise InputError(f"The list {lists[0][0]} is empty.")
@@ -209,23 +179,31 @@ def _voc(root: Path, name: str, split: str, lists: tuple) -> Boxes:
                  rule=rule, ids=range(1, len(items) + 1), category_ids=range(1, len(classes) + 1))
 
 
-def _voc_objects(file: Path, classes: list[str]) -> tuple[tuple[int, int], list[tuple]]:
+def _voc_classes(root: Path) -> list[str]:
+    """Of both splits, so that they number them alike: those that have lists of their own beside the lists of all
+    images; without such lists VOC's twenty, or where an annotation names another class, all that are named."""
+    lists = [file for part in ("trainval", "test") for file in root.glob(f"VOC*/ImageSets/Main/*_{part}.txt")]
+    if lists:
+        return sorted({file.name.rpartition("_")[0] for file in lists})
+    named = {row[4] for xml in sorted(root.glob("VOC*/Annotations/*.xml")) for row in _voc_objects(xml)[1]}
+    return VOC_CLASSES if named <= {*VOC_CLASSES} else sorted(named)
+
+
+def _voc_objects(file: Path) -> tuple[tuple[int, int], list[tuple]]:
+    """Width and height, and of each object x1, y1, x2, y2, class, whether it is difficult."""
     try:
         tree = ElementTree.parse(file)
         size = tuple(int(tree.find("size").find(side).text) for side in ("width", "height"))
         rows = []
         for found in tree.findall("object"):
             corners = [float(found.find("bndbox").find(edge).text) for edge in ("xmin", "ymin", "xmax", "ymax")]
-            rows.append((*corners, found.find("name").text, int(found.findtext("difficult", "0"))))
+            rows.append((*corners, found.find("name").text.strip(), int(found.findtext("difficult", "0"))))
     except FileNotFoundError:
         raise InputError(f"There is no annotation {file}, which the list of images asks for.") from None
     except (ElementTree.ParseError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"{file} is no annotation of VOC ({error}); it needs size/width, size/height and, of every "
                          "object, name and bndbox/xmin, ymin, xmax, ymax.") from None
-    for row in rows:
-        if row[4] not in classes:
-            unknown(f"class in {file},", row[4], classes)
-    return size, [(*row[:4], classes.index(row[4]), row[5]) for row in rows]
+    return size, rows
 
 
 @lru_cache(maxsize=4)

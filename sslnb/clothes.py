@@ -11,8 +11,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from .boxes import Boxes, Objects, runs
+from .boxes import Boxes, Objects
 from .embedded import FASHION_CLASSES, fashion_small, photos
+from .segments import runs
 
 CLASSES = ("T-shirt", "trouser", "sneaker", "bag")
 IMAGES = {"train": 600, "test": 150}

@@ -17,7 +17,7 @@ from .errors import InputError, unknown
 from .folders import EXTENSIONS, Listing, check_classes, kept, layout, listing, subfolders, with_images
 
 DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
-NAMES = [*EMBEDDED, "clothes_in_photos", *DOWNLOADS, "imagenet", "imagenet100"]
+NAMES = [*EMBEDDED, "clothes_in_photos", *DOWNLOADS, "imagenet"]
 HELD_OUT = 0.1
 
 
@@ -90,8 +90,10 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     splits = ["train", "test", "unlabeled"] if name == "stl10" else ["train", "test"]
     if split not in splits:
         unknown(f"split of {name}", split, splits)
-    if name == "imagenet100" and classes is None:
-        raise InputError("imagenet100 needs classes=FILE, its class folders one per line: we ship none.")
+    if name == "imagenet100" and classes is None and not Path(name).is_dir():
+        raise InputError("imagenet100 is a part of ImageNet's classes, and we ship no list: with yours, class folders "
+                         "one per line, make a folder of links: `for s in train val; do mkdir -p imagenet100/$s; ln -s "
+                         "$(sed \"s|^|$(realpath ${IMAGENET:-data/imagenet})/$s/|\" classes.txt) imagenet100/$s; done`")
     try:
         images = _find(name, split, root, seed)
     except PermissionError as error:
@@ -134,7 +136,7 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
         from . import boxes
         if (found := boxes.find(name, split)) is not None:
             return found
-    if name in NAMES:
+    if name in NAMES or name == "imagenet100" and not path.is_dir():
         folder = Path(root or os.environ.get("IMAGENET", "data/imagenet")).expanduser()
         return _split_folder(folder, split, name, layout(folder)[0])
     if path.is_file():

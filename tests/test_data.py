@@ -5,6 +5,7 @@ import gzip
 import pickle
 import random
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sslnb import data, decoding
+from sslnb import data, decoding, prepare, resolve
 from sslnb.data import Images, load
 from sslnb.decoding import BrokenImage
 from sslnb.errors import InputError
@@ -122,7 +123,7 @@ def test_imagenet_and_its_hundred_classes(tmp_path, digits, monkeypatch):
     train, test = load("imagenet"), load("imagenet", "test")
     assert train.classes == test.classes == list("0123") and len(train) == 40
     assert test.labels.tolist() == [0, 0, 1, 1, 3, 3], "both splits must number the classes alike"
-    with pytest.raises(InputError, match="imagenet100 needs classes=FILE"):
+    with pytest.raises(InputError, match="imagenet100 is a part of ImageNet's classes"):
         load("imagenet100")
     file = tmp_path / "classes.txt"
     file.write_text("3\n1\n")
@@ -134,6 +135,25 @@ def test_imagenet_and_its_hundred_classes(tmp_path, digits, monkeypatch):
         load("imagenet100", classes=file)
     with pytest.raises(InputError, match="imagenet: there is no folder .*IMAGENET"):
         load("imagenet", root=tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("place", ["whole", None])
+def test_the_shell_line_for_imagenet100_makes_a_folder_that_every_call_takes(tmp_path, digits, monkeypatch, place):
+    for part, each in (("train", 10), ("val", 2)):
+        write_classes(tmp_path / (place or "data/imagenet") / part, digits, "0123", each=each)
+    (tmp_path / "classes.txt").write_text("3\n1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IMAGENET", place) if place else monkeypatch.delenv("IMAGENET", raising=False)
+    with pytest.raises(InputError) as refused:
+        prepare(resolve("simclr", data="imagenet100", batch=4), out="run")
+    subprocess.run(["sh", "-c", str(refused.value).split("`")[1]], check=True)
+    for split, each in (("train", 10), ("test", 2)):
+        images = load("imagenet100", split)
+        assert images.name == "imagenet100" and images.classes == ["1", "3"] and len(images) == 2 * each
+        assert len(images.first(99)) == 2 * each
+    assert prepare(resolve("simclr", data="imagenet100", batch=4), out="run").recipe.load().classes == ["1", "3"]
+    with pytest.raises(InputError, match="Known: .*imagenet, photos, stl10"):
+        load("imagnet100")
 
 
 # By path

@@ -14,13 +14,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslnb import Run, data, prepare, pretrain
-from sslnb.boxes import VOC_CLASSES, Boxes, Objects, decoded, runs, write_coco, write_voc
+from sslnb.boxes import VOC_CLASSES, Boxes, Objects, write_coco, write_voc
 from sslnb.errors import InputError
 from sslnb.evaluate import detector as rcnn
 from sslnb.evaluate import train_protocol
 from sslnb.evaluate.detection import DETECTION, Canvas, Detector, shrunk
 from sslnb.evaluate.sources import Source
 from sslnb.evaluate.voc_ap import THRESHOLDS, average_precision, claims, coco_ap, guesses, overlaps, voc_ap
+from sslnb.segments import decoded, runs
 
 SMALL = {"steps": 4, "milestones": (3,), "batch": 4, "regions": 16, "precise_batches": 2, "above": 0.0, "most": 10}
 XML = """<annotation><size><width>{w}</width><height>{h}</height><depth>3</depth></size><object><name>{name}</name>
@@ -304,6 +305,16 @@ def test_voc_is_trained_on_both_years_and_tested_on_2007(tmp_path):
     assert data.load(dev_kit(tmp_path / "other", (2012,)), "test").rule == "voc area"
 
 
+def test_classes_of_ones_own_need_no_lists_and_are_numbered_alike_in_both_splits(tmp_path):
+    kit, names = dev_kit(tmp_path, (2007,)), {"trainval": "trouser", "test": "dog"}
+    for split, name in names.items():
+        file = kit / "VOC2007" / "Annotations" / f"2007_{split}.xml"
+        file.write_text(XML.format(w=40, h=30, name=f" {name}\n", box=(1, 1, 40, 30), hard=0))
+    both = train, test = data.load(kit, "train"), data.load(kit, "test")
+    assert train.classes == test.classes == ["dog", "trouser"]
+    assert [images.classes[images.everything.classes[0]] for images in both] == ["trouser", "dog"]
+
+
 def test_crowds_and_boxes_without_an_area_are_not_trained_on_but_evaluated(tmp_path, layouts):
     file = tmp_path / "annotations" / "instances_train2017.json"
     write_coco(few("train", 6), tmp_path)
@@ -339,12 +350,17 @@ def test_broken_files_are_named_in_a_sentence(tmp_path):
             data.load(dev_kit(folder, (2007,), **what), split)
 
     refused("2007_trainval.jpg is 40 x 30 px, and a box of it, .*, lies outside", box=(60, 1, 90, 20))
-    refused("Unknown class in .*2007_trainval.xml, 'dgo': did you mean 'dog'", name="dgo")
     refused("is no annotation of VOC .*; it needs size/width", w="wide")
     refused("is no annotation of VOC", name="<", h="30")
     refused(r"has no list VOC\*/ImageSets/Main/test.txt for the split 'test'", "test", lists=("trainval",))
     refused("No image of .* has a box to learn from", box=(5, 5, 4, 9))  # of no width
     refused("No image of .* has a box to learn from", box=(41.5, 5, 45, 9))  # half a pixel outside
+    kit = dev_kit(tmp_path / "dgo", (2007,), name="dgo")
+    for part in ("trainval", "test"):
+        (kit / "VOC2007" / "ImageSets" / "Main" / f"dog_{part}.txt").touch()
+        with pytest.raises(InputError, match=f"Unknown class in .*2007_{part}.xml, of which ImageSets/Main has no list,"
+                           " 'dgo': did you mean 'dog'"):
+            data.load(kit, {"trainval": "train"}.get(part, part))
     kit = dev_kit(tmp_path / "kit", (2007,))
     (kit / "VOC2007" / "JPEGImages" / "2007_test.jpg").unlink()
     with pytest.raises(InputError, match="The image .*2007_test.jpg, which the annotations .* name, is not there"):
@@ -450,6 +466,12 @@ def test_guessed_boxes_are_inside_and_as_large_as_real_ones():
         x, y, w, h = d["bbox"]
         width, height = images.sizes[list(images.ids).index(d["image_id"])]
         assert (w, h) in sides and x >= 0 and y >= 0 and x + w <= width and y + h <= height
+
+
+def test_of_a_small_set_as_many_things_are_shown_as_there_are():
+    from sslnb import figures
+
+    assert len(figures.things(few("test", 3), range(8)).axes) == 3
 
 
 def test_a_mask_is_pasted_where_its_box_is():
@@ -780,6 +802,26 @@ def test_the_canvas_does_not_shrink_to_the_images_that_a_source_was_trained_on()
     small = Source("simclr", None, None, size=20, folder=Path("runs/simclr"), architecture="resnet_mini")
     assert Detector.on_source(DETECTION["detect_demo"], small, None).size == 128
     assert Detector.on_source(DETECTION["detect_demo"], small, 96).size == 96
+
+
+@pytest.mark.parametrize("protocol, shape, size", [
+    ("detect_demo", (1344, 1536), 147), ("detect_voc_c4", (1344, 1536), 915), ("detect_coco_fpn_1x", (3000, 900), 1333),
+    ("detect_voc_c4", (600, 501), 600), ("detect_voc_c4", (500, 375), None), ("detect_demo", (128, 40), None)])
+def test_what_the_canvas_costs_is_said_with_the_size_that_costs_nothing(tmp_path, protocol, shape, size):
+    kit = dev_kit(tmp_path, (2007,), w=shape[0], h=shape[1])
+    recipe = DETECTION[protocol].with_(data=str(kit), masks=False)
+    fitted = Detector.fitted(recipe)
+    if size is None:
+        assert fitted.note == recipe.note
+        return
+    assert (f"2 of 2 images are shrunk to the canvas of {recipe.size} px and then enlarged again; size={size} keeps all"
+            ) in fitted.describe() and recipe.note in fitted.note
+    assert Detector.fitted(fitted) == fitted, "said once"
+    assert Detector.fitted(recipe.with_(size=size)).note == recipe.note
+    assert "2 of 2" in Detector.fitted(recipe.with_(size=size - 1)).note
+    # At that size the detector gets the pixels that it would get of the image itself, or a fraction of one less.
+    short, long = recipe.numbers.get("short_sides", (800,))[-1], recipe.numbers.get("long_side", 1333)
+    assert min(short / min(shape), long / max(shape), 1) <= (max(shrunk(shape, size)) + 0.5) / max(shape)
 
 
 def test_a_source_for_small_images_is_refused_where_its_first_layer_differs():

@@ -605,6 +605,23 @@ def test_evaluate_a_run_writes_its_rows(tmp_path, pictures, builds):
     assert len((tmp_path / "simclr_demo" / "results.jsonl").read_text().splitlines()) == 7  # appended
 
 
+def test_evaluate_a_few_images_have_fewer_neighbours_and_the_row_says_how_many(builds):
+    rng = np.random.default_rng(0)
+    train, test = (Pictures(rng.integers(0, 256, (n, 12, 12, 3)).astype(np.uint8), np.arange(n) % 3) for n in (15, 6))
+    rows = evaluate("tiny", (train, test), baselines=False)
+    assert [row["protocol"] for row in rows] == ["knn k15 t0.07", "linear grid cached"]
+    assert list(rows[0]["by_k"]) == ["10", "15"] and rows[0]["by_k"]["15"] == rows[0]["top1"]
+    train.bad = set(range(15))
+    with pytest.raises(InputError, match="The bank has no image that could be a neighbour"):
+        evaluate("tiny", (train, test), ["knn"], baselines=False, size=12)
+
+
+@pytest.mark.parametrize("wrong, words", [(0, "data is one Pictures, and"), (slice(1), "1 sets"), (slice(3), "3 sets")])
+def test_evaluate_says_that_it_needs_a_pair_of_sets(pictures, builds, wrong, words):
+    with pytest.raises(InputError, match=rf"{words}.*give a pair \(train, test\)"):
+        evaluate("tiny", [pictures, pictures, pictures][wrong])
+
+
 def test_evaluate_numbers_come_from_the_named_features(tmp_path, pictures, builds):
     run = FakeRun(tmp_path)
     pictures.labels = torch.randint(3, (60,), generator=torch.Generator().manual_seed(0))  # hard on purpose
@@ -741,6 +758,27 @@ def test_evaluate_refuses_before_any_work(tmp_path, pictures, builds):
     assert builds == []
 
 
+@pytest.mark.parametrize("protocol", ["knn", "linear", "few_labels"])
+def test_weights_that_are_not_finite_give_a_sentence_and_no_accuracy(tmp_path, pictures, builds, protocol):
+    run = FakeRun(tmp_path / "broken")
+    run.net.layers[1].weight.data[3] = math.nan
+    said = "has numbers in layers.1.weight" if protocol == "few_labels" else "are not finite for 60 of 60 images"
+    with pytest.raises(InputError, match=f"broken {said}"):
+        evaluate(run, (pictures, pictures), [protocol])
+    assert not (tmp_path / "broken" / "results.jsonl").exists()
+
+
+def test_features_that_are_not_finite_are_counted_and_taken_as_they_are_where_nobody_names_them(pictures):
+    class Bright(nn.Module):
+        def forward(self, x):
+            return torch.where(x.mean((1, 2, 3), keepdim=True) > 0.7, torch.inf, x).flatten(1)
+
+    with pytest.raises(InputError, match="The features of it are not finite for 20 of 60 images of pictures"):
+        Subject("it", Bright(), 12).features(pictures)
+    how = {"size": 12, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    assert extract(Bright(), pictures, **how).x.isinf().any(1).sum() == 20
+
+
 def test_a_new_protocol_is_one_function(pictures, monkeypatch, builds):
     def half(subject, train, test, seed):
         return Outcome("half", 30, 60) if subject.backbone is not None else None
@@ -803,6 +841,20 @@ def test_table():
                   {"source": "run", "protocol": "coco", "ap50": 60.0, "ap": 40.0}])
     assert text.splitlines() == ["features  svm       voc                     coco",
                                  "run       mAP 70.0  AP50 80.0 [78.0, 82.0]  AP 40.0"]
+
+
+def test_table_keeps_rows_of_several_sizes_apart():
+    def row(source, protocol, size, top1):
+        return {"source": source, "protocol": protocol, "size": size, "top1": top1}
+
+    rows = [row("run", "knn", 20, 35.0), row("run", "knn", 64, 39.0), row("raw pixels", "knn", 64, 9.0),
+            row("run", "detect_demo", 128, 50.0), row("run", "knn", 64, 40.0)]
+    assert table([*rows, {"source": "run", "protocol": "svm", "mAP": 70.0}]).splitlines() == [
+        "features           knn   detect_demo  svm", "run, 20 px         35.0  –            –",
+        "run, 64 px         40.0  –            –", "raw pixels, 64 px  9.0   –            –",
+        "run, 128 px        –     50.0         –", "run                –     –            mAP 70.0"]
+    assert table(rows[1:]).splitlines() == [
+        "features    knn   detect_demo", "run         40.0  50.0", "raw pixels  9.0   –"], "one size per protocol"
 
 
 def test_import_is_cheap():
@@ -936,6 +988,19 @@ def test_two_evaluations_may_compute_the_same_piece_at_once(tmp_path, monkeypatc
     assert len(evaluated().index) == len(images) and len(written) == 4 + (2 if moment < 2 else 4)
     left = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()]
     assert len(left) == 4 and all(len(p.parts) == 3 for p in left), "no drafts"
+
+
+def test_pieces_of_features_that_are_not_finite_are_told_together(tmp_path, monkeypatch):
+    images, source = data.load("digits_scattered", "test").subset(range(50)), open_source("resnet_mini", 0)
+    network = source.backbone(20)
+    network.bn1.weight.data[0] = math.nan
+    monkeypatch.setattr(pieces, "PIECE", 20)
+    monkeypatch.setattr(pieces, "load", lambda name, split: images)
+    monkeypatch.setattr(pieces, "_start", lambda place, *how: pieces.compute(place, 0, 1, "cpu"))
+    monkeypatch.setattr(pieces, "limit_threads", lambda processes: None)
+    for _ in range(2):  # computed, and then found
+        with pytest.raises(InputError, match=r"resnet_mini \(untrained\) are not finite for 50 of 50 images of digits"):
+            pieces.features_by_pieces(source, network, images, 20, 0, tmp_path, 1)
 
 
 def test_images_that_no_other_process_can_load_are_refused(tmp_path):

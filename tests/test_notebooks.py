@@ -15,6 +15,7 @@ import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 from papermill.exceptions import PapermillExecutionError
 
+from sslnb.data import load
 from sslnb.methods import METHODS
 from sslnb.notebook import declared
 
@@ -246,6 +247,20 @@ def test_a_wrong_parameter_stops_the_notebook_before_any_work(wrong, sentence, t
     cells = [cell for cell in read(tmp_path / "out.ipynb").cells if cell.cell_type == "code"]
     assert [cell.id for cell in cells if cell.metadata.papermill.get("status") == "failed"] == [code(path)[1].id]
     assert [found.name for found in tmp_path.iterdir()] == ["out.ipynb"]
+
+
+@pytest.mark.notebook
+def test_a_few_images_are_enough_to_look_for_neighbours(tmp_path):
+    digits = load("digits_scattered")
+    for i in range(30):
+        folder = tmp_path / "few" / digits.classes[digits.labels[i] % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(list(folder.iterdir())) < 5:
+            digits[i].save(folder / f"{i}.png")
+    book = execute(ROOT / "notebooks" / "eval_knn.ipynb", tmp_path, source="resnet_mini", data="few", out="rows")
+    assert "; 12 vote" in printed(book)
+    rows = [json.loads(line) for line in (tmp_path / "rows" / "results.jsonl").read_text().splitlines()]
+    assert {row["protocol"] for row in rows} == {"knn k12 t0.07"}
 
 
 @pytest.mark.notebook

@@ -285,6 +285,20 @@ def test_runs_of_another_recipe_or_backbone_have_lines_of_their_own():
     assert "66.0" in side_by_side([heads], metric="feat5")
 
 
+def test_a_line_says_the_size_and_that_of_the_published_numbers_where_it_is_another():
+    row = {"method": "byol", "backbone": "resnet50", "epochs": 200, "data": "imagenet", "trained_seed": 0,
+           "protocol": "knn k20 t0.07", "stale": False, "baseline": False}
+    text = side_by_side([{**row, "size": size, "top1": top1} for size, top1 in ((96, 35.0), (224, 40.0))])
+    assert [" ".join(line.split()[4:]) for line in text.splitlines()[1:]] == [
+        "96 knn k20 t0.07 35.0 0 64.2 (200 epochs), 66.3 (300 epochs), at 224 px",
+        "224 knn k20 t0.07 40.0 0 64.2 (200 epochs), 66.3 (300 epochs)"]
+    tuned = {**row, "method": "simmim", "backbone": "swin_base_patch4_window7_224", "size": 192, "top1": 80.0}
+    assert side_by_side([{**tuned, "protocol": "finetune_simmim_swin_192"}]).endswith("epochs)"), "that is its size"
+    assert side_by_side([{**tuned, "protocol": "finetune_simmim_swin_224"}]).endswith("epochs), at 224 px")
+    small = side_by_side([{**row, "method": "npid", "backbone": "resnet_mini", "size": 20, "top1": 9.0}])
+    assert small.endswith("–") and small.splitlines()[1].split()[4] == "20"
+
+
 def test_executed_notebooks_name_their_runs(tmp_path):
     shown = nbformat.v4.new_output("stream", text="  precision  fp32\n         run  runs/byol-ep3, seed 0, on CPU\n")
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("pretrain()", outputs=[shown])])

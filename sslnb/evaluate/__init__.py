@@ -50,12 +50,13 @@ class Outcome:
 
 def _knn(subject: Subject, train, test, seed: int) -> Outcome:
     bank, queries = subject.features(train), subject.features(test)
+    k = min(20, len(bank.x))
     # The tests go to the device, and the bank follows piece by piece.
     found = knn_grid(bank.x, bank.labels, queries.x.to(subject.device), queries.labels, temperature=0.07,
-                     ks=[k for k in KS if k <= max(20, len(bank.x))])
-    correct = int((found[20].predictions.cpu() == queries.labels).sum())
-    return Outcome("knn k20 t0.07", correct, len(queries.x), {
-        "top5": found[20].top5, "by_k": {str(k): result.top1 for k, result in found.items()},
+                     ks=sorted({k, *(other for other in KS if other <= len(bank.x))}))
+    correct = int((found[k].predictions.cpu() == queries.labels).sum())
+    return Outcome(f"knn k{k} t0.07", correct, len(queries.x), {
+        "top5": found[k].top5, "by_k": {str(k): result.top1 for k, result in found.items()},
         "broken": len(bank.broken) + len(queries.broken)})
 
 
@@ -156,8 +157,12 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
 
 def _load(data) -> tuple:
     """(train, test), loaded by name unless they are given."""
+    if isinstance(data, tuple | list) and len(data) == 2:
+        return tuple(data)
     if not isinstance(data, str | Path):
-        return data
+        kind = f"{len(data)} sets" if isinstance(data, tuple | list) else f"one {type(data).__name__}"
+        raise InputError(f"data is {kind}, and a protocol needs images to learn from and others to test on: give a "
+                         "pair (train, test) of loaded images, or the name or folder of both.")
     from ..data import load
 
     return load(data, "train"), load(data, "test")

@@ -19,15 +19,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..boxes import Boxes, coco_masks, decoded
+from ..boxes import Boxes
 from ..decoding import BrokenImage
 from ..errors import InputError, unknown
 from ..files import write_atomic
 from ..geometry import ImageOp
 from ..parts import world
 from ..reading import EpochSampler, ViewSet, draw_seed, image_loader, in_order, loader_workers
-from ..recipes import Recipe
+from ..recipes import Recipe, method_numbers
 from ..run import Run
+from ..segments import coco_masks, decoded
 from ..views import View, Views
 from .protocol import Protocol
 from .sources import Source
@@ -54,6 +55,19 @@ def shrunk(shape, size: int) -> tuple[int, int]:
     """Width and height of an image once it fits on the canvas."""
     scale = min(1.0, size / max(shape))
     return tuple(max(1, round(float(side) * scale)) for side in shape)
+
+
+def noted(recipe: Recipe, sizes: np.ndarray) -> str:
+    """The recipe's note, and what the canvas costs images of these sizes (N, 2), if it costs them anything: not where
+    they lie on it as large as the detector looks at them."""
+    numbers, long = {**method_numbers(_voc.method), **recipe.numbers}, sizes.max(1)
+    seen = np.minimum(max(numbers["short_sides"]) * long / sizes.min(1), numbers["long_side"])
+    needed = np.ceil(np.minimum(long, seen)).astype(int)
+    if not (lost := np.count_nonzero(needed > recipe.size)):
+        return recipe.note
+    said = (f"{lost} of {len(sizes)} images are shrunk to the canvas of {recipe.size} px and then enlarged again; "
+            f"size={needed.max()} keeps all that the detector sees of them.")
+    return recipe.note if said in recipe.note else f"{recipe.note} {said}".strip()
 
 
 class Detector(Protocol):
@@ -159,7 +173,7 @@ class Detector(Protocol):
         recipe = recipe.with_(numbers={**recipe.numbers, "classes": len(train.classes)})
         if recipe.numbers.get("masks", False) or test.rule == "coco":
             coco_masks()
-        return recipe
+        return recipe.with_(note=noted(recipe, np.concatenate([train.sizes, test.sizes])))
 
     def before_train(self, run: Run) -> None:
         super().before_train(run)

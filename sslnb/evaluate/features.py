@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..errors import InputError
 from ..notebook import TimeLeft
 from ..reading import image_loader
 from ..views import IMAGENET_MEAN, IMAGENET_STD
@@ -30,13 +31,13 @@ class Features:
 def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
             mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, batch: int = 256,
             device: str | torch.device = "cpu", workers: int = 0, limit: int | None = None,
-            title: str = "") -> Features:
+            title: str = "", source: str = "") -> Features:
     """Features of all images (or of `limit` of them, drawn once with a fixed seed), in the order of the
     data set. If it takes long, lines under the `title` tell how far it is.
 
     `pool`: "model" (the model's own forward), "mean" (patch tokens) or "cls". The backbone moves to `device` ("auto":
     the GPU if there is one) and stays there; its training flags come back as they were and its BatchNorm statistics are
-    not touched.
+    not touched. `source`: whose features they are, for an InputError if some are not finite; "" takes them as they are.
     """
     from ..backbones import features
 
@@ -44,7 +45,7 @@ def extract(backbone: nn.Module, images, *, size: int, pool: str = "model",
     backbone.to(device)
     with torch.no_grad(), _eval_mode(backbone):
         return _of_all(lambda pixels: features(backbone, normalise(pixels.to(device), mean, std), pool), images,
-                       size=size, batch=batch, workers=workers, limit=limit, title=title)
+                       size=size, batch=batch, workers=workers, limit=limit, title=title, source=source)
 
 
 def the_device(device: str | torch.device) -> str | torch.device:
@@ -108,28 +109,34 @@ class _Chunks(torch.utils.data.Dataset):
 
 
 def _of_all(vectors: Callable[[Tensor], Tensor], images, *, size: int, batch: int, workers: int,
-            limit: int | None, title: str) -> Features:
+            limit: int | None, title: str, source: str = "") -> Features:
     """What `vectors` makes of uint8 pixels (B, 3, size, size), (B, D), for all images that can be read."""
     chosen = _chosen(len(images), limit)
     loader = image_loader(_Chunks(images, chosen.split(batch), size), workers, batch_size=None)
     parts = ((vectors(pixels) if kept else None, kept, bad) for pixels, kept, bad in loader)
     told = TimeLeft(title, len(chosen)) if title else None
-    return joined(images, parts, len(chosen), told)
+    return joined(images, parts, len(chosen), told, source)
 
 
 def joined(images, parts: Iterable[tuple[Tensor | None, list[int], list[str]]], most: int,
-           told: TimeLeft | None = None) -> Features:
+           told: TimeLeft | None = None, source: str = "") -> Features:
     """Features of `images` from parts: vectors (n, D), their n places in the data set, and what was broken; `most` rows
-    in all. They go into one array as they come: parts that are joined at the end are there twice."""
-    x, index, broken = torch.zeros(0, 0), [], []
+    in all. They go into one array as they come: parts that are joined at the end are there twice. `source`: as in
+    `extract`."""
+    x, index, broken, wrong = torch.zeros(0, 0), [], [], 0
     for z, kept, bad in parts:
         broken += bad
         if kept:
             x = x if index else torch.empty(most, z.shape[1])
             x[len(index):len(index) + len(z)] = z
             index += kept
+            wrong += int((~z.isfinite()).any(1).sum())
         if told:
             told(len(index) + len(broken))
+    if source and wrong:  # probes would make an accuracy of them
+        raise InputError(f"The features of {source} are not finite for {wrong} of {len(index)} images of "
+                         f"{images.name}: look for NaN and infinite numbers in its weights, and take another file or "
+                         "an earlier checkpoint.")
     labels = None if images.labels is None else torch.as_tensor(images.labels)[index]
     return Features(x[:len(index)], labels, torch.tensor(index, dtype=torch.long), broken)
 

@@ -29,11 +29,15 @@ def few_labels(subject, train, test, seed: int, steps: int) -> tuple[Tensor, Ten
     """Fine-tune on LABELS training images per class; the rate is chosen on as many others of TRAIN, never on test.
 
     -> predictions and labels of the test images, both (M,), and {"lr": the chosen rate, "labels": how many there were,
-    "per_class": how many of each class, "steps"}. Errors: InputError for less than one step, or if a class has a single
-    training image.
+    "per_class": how many of each class, "steps"}. Errors: InputError for less than one step, for weights that are not
+    finite, or if a class has a single training image.
     """
     if not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps={steps!r} of fine-tuning are impossible: use a whole number of at least 1.")
+    wrong = [name for name, value in subject.backbone.state_dict().items() if not value.isfinite().all()]
+    if wrong:  # it would learn nothing, and guess
+        raise InputError(f"{subject.name} has numbers in {wrong[0]} that are not finite; take another file or an "
+                         "earlier checkpoint.")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.as_tensor(train.labels)
     classes, counts = labels.unique(return_counts=True)

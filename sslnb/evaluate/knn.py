@@ -102,6 +102,8 @@ def _check(train, train_labels, test, test_labels, k, temperature, exclude_self)
     if exclude_self and len(train) != len(test):
         raise InputError(f"exclude_self needs the same rows on both sides, not {len(train)} and {len(test)}.")
     bank = len(train) - 1 if exclude_self else len(train)
+    if bank < 1:
+        raise InputError("The bank has no image that could be a neighbour: give more images, or some that can be read.")
     if not 1 <= k <= bank:
         raise InputError(f"k={k} neighbours cannot be taken from {bank} images: choose k from 1 to {bank}.")
     if len(test) == 0:

@@ -53,7 +53,8 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     """Features of all images, in their order. Pieces lie in `folder`/features/…, the same for the same job.
 
     `network`: the source's, or one like it with weights of its own, which are handed over in a file.
-    Errors: InputError if the images cannot be loaded by their name, RuntimeError if a process fails.
+    Errors: InputError if the images cannot be loaded by their name or features are not finite, RuntimeError if a
+    process fails.
     """
     job = Job(source.origin, source.given, seed, source.fresh_weights, size, source.pool, images.name, images.split,
               PIECE)
@@ -73,7 +74,7 @@ def features_by_pieces(source: Source, network: nn.Module, images: Images, size:
     pieces = [_piece(place, n) for n in range(_count(job, images))]
     if not all(piece.exists() for piece in pieces):
         _start(place, min(processes, len(pieces)), device, pieces)
-    return joined(images, map(_read, pieces), len(images))
+    return joined(images, map(_read, pieces), len(images), source=source.name)
 
 
 def _read(piece: Path) -> tuple[Tensor, list[int], list[str]]:

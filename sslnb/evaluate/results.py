@@ -50,16 +50,19 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
 def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
     """Rows of `evaluate` as aligned text: features down, protocols across, "88.1 [86.0, 89.9]" in %.
 
-    A later row replaces an earlier one of the same features and protocol; rows without one number that sums them up,
-    such as curves of low shot, are left out. `published` numbers (dicts with `top1`, `protocol`, `source`) come below,
-    in lines of their own: they belong to other data and protocols than the cells above.
+    A later row replaces an earlier one of the same features, protocol and size, and the lines say the size where one
+    protocol has several. Rows without one number that sums them up, such as curves of low shot, are left out.
+    `published` numbers (dicts with `top1`, `protocol`, `source`) come below, in lines of their own: they belong to
+    other data and protocols than the cells above.
     """
     rows = [row for row in rows if shown(row)]
-    sources = list(dict.fromkeys(row["source"] for row in rows))
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
-    cells = {(row["source"], row["protocol"]): shown(row) for row in rows}
+    sized = {(row["protocol"], row["size"]) for row in rows if "size" in row}
+    several = len(sized) > len({protocol for protocol, _ in sized})
+    features = [f"{row['source']}, {row['size']} px" if several and "size" in row else row["source"] for row in rows]
+    cells = {(name, row["protocol"]): shown(row) for name, row in zip(features, rows, strict=True)}
     grid = [["features", *protocols]]
-    grid += [[s, *(cells.get((s, p), "–") for p in protocols)] for s in sources]
+    grid += [[name, *(cells.get((name, p), "–") for p in protocols)] for name in dict.fromkeys(features)]
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in grid]
     lines += [f"published ({p['protocol']}, {p['source']}): {p['top1']:.1f}" for p in published or ()]

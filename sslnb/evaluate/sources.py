@@ -74,7 +74,7 @@ class Subject:
                 self._cache[images] = self.parallel(self.backbone, images)
             else:
                 self._cache[images] = extract(self.backbone, images, size=self.size, pool=self.pool,
-                                              device=self.device, workers=self.workers, title=title)
+                                              device=self.device, workers=self.workers, title=title, source=self.name)
         return self._cache[images]
 
 

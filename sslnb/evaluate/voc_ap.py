@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..boxes import Boxes, coco_masks
+from ..boxes import Boxes
 from ..errors import InputError
+from ..segments import coco_masks
 
 THRESHOLDS = np.arange(50, 100, 5) / 100
 DRAWS = 200  # resampled test sets for an interval

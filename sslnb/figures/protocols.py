@@ -63,8 +63,9 @@ def things(images, which: Sequence[int], found: Sequence[Mapping] = (), above: f
     """Images with what is in them, solid, and what was found with a score of at least `above`, dashed.
 
     `images`: a set with boxes; `found`: detections as COCO's results have them. A colour per class, named where a thing
-    is in the picture; the number is the score.
+    is in the picture; the number is the score. Of a small set those of `which` that it has.
     """
+    which = [i for i in which if i < len(images)]
     columns = min(4, len(which))
     fig, axes = panels(-(-len(which) // columns), columns, 2.4 * columns, 2.5 * -(-len(which) // columns) + 0.3, title)
     number = {k: c for c, k in enumerate(images.category_ids)}

@@ -22,6 +22,7 @@ from ..run import Run, code_of, read_jsonl
 BACKBONES = {"ResNet-50": "resnet50", "ViT-Base": "vit_base_patch16_224", "ViT-Small": "vit_small_patch16_224",
              "Swin-Base": "swin_base_patch4_window7_224",
              "ResNet-18": "resnet18", "ViT-Base/32": "vit_base_patch32_224"}
+KNN_SIZE = 224  # px, of all that is published of kNN on ImageNet
 BASELINES = ("random initialisation", "raw pixels")  # what stands beside a source
 FAMILIES = {
     "pretext": ("relative_loc", "inpainting", "rotation"), "clustering": ("deepcluster", "odc", "swav"),
@@ -131,16 +132,20 @@ def side_by_side(ours: Sequence[Mapping[str, Any]], metric: str = "top1") -> str
     disagree), and what was measured: the mean over seeds, how many, and "stale" where the method's code has changed.
 
     Numbers stand in one line only if method, backbone and protocol agree, so nothing stands beside a protocol that was
-    changed; what else differs (data, epochs) is written out. Runs of different recipes have lines of their own.
+    changed; what else differs (data, epochs, size of the images) is written out. Runs of different recipes have lines
+    of their own.
     """
+    from ..evaluate import RECIPES
+
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in ours:
         if metric in row and "method" in row and not row["baseline"]:
             trained = json.dumps(row.get("trained_as"), sort_keys=True, default=str)
             groups.setdefault((row["method"], row["backbone"], row["epochs"], row["data"], row["protocol"],
                                row.get("size") or 0, trained), []).append(row)
-    lines = [["method", "backbone", "epochs", "data", "protocol", "measured (%)", "seeds", "published on ImageNet (%)"]]
-    for (method, backbone, epochs, data, protocol, *_), rows in sorted(groups.items()):
+    lines = [["method", "backbone", "epochs", "data", "px", "protocol", "measured (%)", "seeds",
+              "published on ImageNet (%)"]]
+    for (method, backbone, epochs, data, protocol, size, _), rows in sorted(groups.items()):
         # Of a protocol with several heads the accuracy of each is a dict.
         values = [row[metric]["top1"] if isinstance(row[metric], Mapping) else row[metric] for row in rows]
         mean = sum(values) / len(values)
@@ -149,7 +154,9 @@ def side_by_side(ours: Sequence[Mapping[str, Any]], metric: str = "top1") -> str
             published(method=method, protocol=protocol, metric=metric)
         said = ", ".join(f"{p.value:g}{'*' if p.flag else ''} ({p.epochs} epochs)" for p in theirs
                          if BACKBONES.get(p.backbone, p.backbone) == backbone)
-        lines.append([method, backbone, str(epochs), Path(data).name, protocol, f"{mean:.1f}{stale}",
+        usual = RECIPES[protocol].size if protocol in RECIPES else KNN_SIZE
+        said += f", at {usual} px" * bool(said and size not in (0, usual))
+        lines.append([method, backbone, str(epochs), Path(data).name, str(size or ""), protocol, f"{mean:.1f}{stale}",
                       " ".join(sorted({str(row["trained_seed"]) for row in rows})), said or "–"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
