@@ -1,6 +1,7 @@
 """Interactive twins of the figures. Headless each is its own static figure, so the same cell serves both."""
 
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -244,7 +245,11 @@ def _knob(name: str, control):
     if isinstance(control, list):
         return w.Dropdown(options=control, value=control[0], **settings)
     low, high, step, value = control
-    kind = w.IntSlider if all(isinstance(v, int) for v in control) else w.FloatSlider
+    kind = w.FloatSlider
+    if all(isinstance(v, int) for v in control):
+        kind = w.IntSlider
+    else:  # as many places as the step has: two would make 0.01 of 0.005
+        settings["readout_format"] = f".{max(2, math.ceil(-math.log10(step)))}f"
     return kind(value=value, min=low, max=high, step=step, continuous_update=False, **settings)
 
 

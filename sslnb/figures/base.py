@@ -1,6 +1,7 @@
 """What all figures are made of: colours, panels, a table of pictures, lines.
 
-Colours are Okabe and Ito's, readable for the colour-blind; lines differ in style too.
+Colours are Okabe and Ito's, readable for the colour-blind, but for their yellow, which hardly shows on white: three of
+Tol's stand in, so that ten classes have ten. Lines differ in style too, points in their markers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933",
+          "#44AA99")
 STYLES = ("-", "--", "-.", ":")
 MARKERS = "osD^vPX*<>"
 

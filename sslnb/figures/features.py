@@ -27,7 +27,7 @@ def embedding(features: Tensor, labels: Tensor | None, classes: Sequence[str], t
 
     xy = TSNE(perplexity=min(30, len(features) // 4), init="pca", random_state=0).fit_transform(features.numpy())
     fig, ((ax,),) = panels(1, 1, 6.5, 4.6, (title or "Features in the plane (t-SNE)") + _repeated(classes))
-    _scatter(ax, xy, labels, classes, size=14)
+    _scatter(ax, xy, labels, classes, size=20)
     _legend(ax, classes)
     return fig
 
@@ -40,7 +40,7 @@ def embeddings(features: Mapping[str, Tensor], labels: Tensor | None, classes: S
                           "The same images in the plane (t-SNE)" + _repeated(classes))
     for ax, (name, x) in zip(axes, features.items(), strict=True):
         xy = TSNE(perplexity=min(30, len(x) // 4), init="pca", random_state=0).fit_transform(x.numpy())
-        _scatter(ax, xy, labels, classes, size=10)
+        _scatter(ax, xy, labels, classes, size=14)
         ax.set_title(name, fontsize=10)
     _legend(axes[-1], classes)
     return fig
@@ -49,7 +49,7 @@ def embeddings(features: Mapping[str, Tensor], labels: Tensor | None, classes: S
 def _scatter(ax, xy: np.ndarray, labels: Tensor | None, classes: Sequence[str], size: float) -> None:
     of = np.zeros(len(xy)) if labels is None else np.asarray(labels)
     for c, name in enumerate(classes or ["images"]):
-        ax.scatter(*xy[of == c].T, s=size, alpha=0.7, color=COLORS[c % 8], marker=MARKERS[c % 10], label=name, lw=0)
+        ax.scatter(*xy[of == c].T, s=size, alpha=0.8, color=COLORS[c % 10], marker=MARKERS[c % 10], label=name, lw=0)
     ax.set(xticks=[], yticks=[])
 
 
@@ -98,12 +98,13 @@ def similarities(matrices: Tensor | Mapping[str, Tensor], title: str, xlabel: st
 def codes(matrices: Mapping[str, Tensor], title: str = "") -> Figure:
     """Named assignments (images x prototypes, rows sum to 1); below, what each prototype gets beside an equal share."""
     fig, (above, below) = panels(2, len(matrices), 2.6 * len(matrices) + 0.8, 4.2, title, height_ratios=(3, 1))
+    most = 1.05 * max(float(q.sum(0).max()) for q in matrices.values())
     for assigned, sums, (name, q) in zip(above, below, matrices.items(), strict=True):
         shown = assigned.imshow(q.detach(), cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         assigned.set_title(name, fontsize=9)
         sums.bar(range(q.shape[1]), q.detach().sum(0), width=1.0, color=COLORS[0])
         sums.axhline(len(q) / q.shape[1], color=COLORS[1], ls="--", label="equal share")
-        sums.set(xlim=(-0.5, q.shape[1] - 0.5), xlabel="prototype")
+        sums.set(xlim=(-0.5, q.shape[1] - 0.5), ylim=(0, most), xlabel="prototype")
     above[0].set_ylabel("image")
     below[0].set_ylabel("images it gets")
     below[0].legend(frameon=False, fontsize=8)
