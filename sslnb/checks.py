@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +19,14 @@ from .errors import InputError, unknown
 from .files import read_jsonl, write_atomic
 from .launch import can_compute_in
 from .nodes import began_with, contents, same_images
+from .notebook import in_notebook
 from .recipes import Recipe, method_numbers
 from .run import Run
 from .trial import try_out
 
 FREE = ("workers", "compile", "trackers")  # how a run is trained, not which one it is: the latest call says it
+FEW = 5  # values of a recipe that make no other one of it, to a reader
+_shown: dict[str, Recipe] = {}  # the last recipe of each method that this notebook has shown in full
 LEAVING = 60  # seconds that processes which have been stopped get for their last step and checkpoint
 
 
@@ -62,9 +67,20 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     run = Run(out if out != "auto" else _default_out(settings))
     with contextlib.ExitStack() as ours:
         _claim(run, settings, images, recipe.total_steps(steps), resume, ours if held is None else held)
-    print(recipe.describe(len(images)) + f"\n{'run':>12}  {run.path}, seed {seed}, "
-          f"{processes} process(es) on {_device_name()}")
+    print(_said(recipe, images))
+    print(f"{'run':>12}  {run.path}, seed {seed}, {processes} process(es) on {_device_name()}")
     return run
+
+
+def _said(recipe: Recipe, images: Images) -> str:
+    """The recipe; in a notebook that has shown one of the same method only what is not as there: a cell that trains
+    several runs would be pages of the same lines."""
+    if isinstance(sys.stdout, io.StringIO) or not in_notebook():  # or nobody sees it
+        return recipe.describe(len(images))
+    if recipe.method in _shown and len(changed := recipe.beside(_shown[recipe.method])) <= FEW:
+        return f"{recipe.method:>12}  as shown above" + f", but {', '.join(changed)}" * bool(changed)
+    _shown[recipe.method] = recipe
+    return recipe.describe(len(images))
 
 
 def _precision(recipe: Recipe, precision: str, trained_here: bool) -> str:

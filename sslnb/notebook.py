@@ -18,10 +18,12 @@ PATIENCE = 10  # s of a job before it says how long it will take
 
 def interactive() -> bool:
     """True if a person is at this kernel: a front end that can answer questions sent the cell. Papermill cannot."""
-    shell = _shell()
-    if shell is None or not hasattr(shell, "kernel"):
-        return False
-    return bool(shell.kernel.get_parent("shell").get("content", {}).get("allow_stdin"))
+    return in_notebook() and bool(_shell().kernel.get_parent("shell").get("content", {}).get("allow_stdin"))
+
+
+def in_notebook() -> bool:
+    """True in a kernel, papermill's too."""
+    return hasattr(_shell(), "kernel")
 
 
 def _shell():

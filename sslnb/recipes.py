@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from .errors import InputError, unknown
 PRECISIONS = ("fp32", "bf16", "fp16")
 SAME_RESULT = {"data", "gpus", "batch", "accum", "chunk", "precision", "pool", "force_accum", "source", "sources",
                "published", "note"}  # what of a recipe may change without its published numbers becoming another's
+NOT_TRAINED = {"numbers", "source", "sources", "published", "note"}  # changes nothing, or is told by itself
 SHORT = {"resnet50": "r50", "vit_base_patch16_224": "vit_base", "vit_small_patch16_224": "vit_small"}
 
 
@@ -252,23 +254,39 @@ class Recipe:
     def describe(self, images: int | None = None) -> str:
         """The resolved recipe as text: what will run, and where each number comes from."""
         warm = f"{self.warmup_steps} steps" if self.warmup_steps else f"{self.warmup_epochs:g} epochs"
-        rows = [("method", self.method), ("backbone", f"{self.backbone} at {self.size} px"
-                 + "".join(f", {k} {v}" for k, v in self.backbone_numbers.items())), ("data", self.data),
-                ("total batch", f"{self.gpus} x {self.batch} x {self.accum} = {self.total_batch} images per step"
+        steps_down = f" (x {self.gamma:g} after {self.milestones})" * (self.schedule == "step")
+        memory = f"betas {self.betas}" if self.optimizer in ("adamw", "lamb") else f"momentum {self.sgd_momentum:g}"
+        rows = [("method", "method", self.method),
+                ("backbone", "backbone", f"{self.backbone} at {self.size} px"
+                 + "".join(f", {k} {v}" for k, v in self.backbone_numbers.items())), ("data", "data", self.data),
+                ("total batch", "batch",
+                 f"{self.gpus} x {self.batch} x {self.accum} = {self.total_batch} images per step"
                  + f", {self.chunk} at a time through the backbone, twice" * bool(self.chunk)),
-                ("optimizer", f"{self.optimizer}, weight decay {self.weight_decay:g}"),
-                ("lr", f"{self.lr:g}, {self.schedule}, warm-up {warm}")]
+                ("optimizer", "optimizer", f"{self.optimizer}, {memory}" + ", Nesterov" * self.nesterov),
+                ("weight decay", "weight_decay", f"{self.weight_decay:g}"),
+                ("lr", "lr", f"{self.lr:g}, {self.schedule}{steps_down}, warm-up {warm}"
+                 + f", at least {self.min_lr:g}" * bool(self.min_lr)),
+                *[("clip", "clip", f"gradients longer than {self.clip:g}")] * bool(self.clip)]
         length = f"{self.steps:,} steps" if self.steps else f"{self.epochs} epochs"
         if images:
             steps = self.steps_per_epoch(images)
             length += (f" = {self.steps / steps:.1f} epochs of {images:,} images" if self.steps else
                        f" x {steps} steps = {self.epochs * steps:,} steps on {images:,} images")
-        rows += [("length", length), ("precision", self.precision)]
-        tags = {"total batch": "batch", "length": "epochs"}
-        lines = [f"{k:>12}  {v}   [{self.source_of(tags.get(k, k))}]" for k, v in rows]
-        lines += [f"{k:>12}  {v}   [{self.source_of(k)}]" for k, v in sorted(self.numbers.items())]
+        rows += [("length", "epochs", length), ("precision", "precision", self.precision)]
+        rows += [(k, k, v) for k, v in sorted(self.numbers.items())]
+        lines = [f"{name:>12}  {value}   [{self.source_of(key)}]" for name, key, value in rows]
+        usual = {k: v for k, v in method_numbers(self.method).items() if k not in self.numbers and v != ""}
+        usual = textwrap.wrap(", ".join(f"{k}\0{v}" for k, v in usual.items()), 102)
+        lines += [f"{'' if i else 'as usual':>12}  {line}".replace("\0", " ") for i, line in enumerate(usual)]
         lines += [f"{'published':>12}  {v} % ({k})" for k, v in self.published.items()]
         return "\n".join(lines + ([f"{'note':>12}  {self.note}"] if self.note else []))
+
+    def beside(self, other: "Recipe") -> list[str]:
+        """What of this recipe is not as in another one of its method, such as ["epochs 8", "temperature 5.0"]."""
+        mine, theirs = ({**r.to_json(), **r.to_json()["numbers"]} for r in (self, other))
+        usual = method_numbers(self.method)
+        return [f"{name} {mine.get(name, usual.get(name))}" for name in {**mine, **theirs} if name not in NOT_TRAINED
+                and mine.get(name, usual.get(name)) != theirs.get(name, usual.get(name))]
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, read back by `from_json`."""

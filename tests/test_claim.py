@@ -1,6 +1,7 @@
 """Whose a run directory is: one call trains it, another changes nothing, and nothing of the user's is touched."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -237,3 +238,25 @@ def test_only_the_cores_count_that_a_job_may_use(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     launch.limit_threads(1)
     assert set_to == [2]
+
+
+def test_a_notebook_shows_a_recipe_in_full_once_and_then_what_differs(tiny, tmp_path, monkeypatch, capsys):
+    from sslnb import checks
+
+    def told(**changes):
+        prepare(tiny(**changes), out=tmp_path / str(len(list(tmp_path.iterdir()))))
+        return capsys.readouterr().out.splitlines()
+
+    monkeypatch.setattr(checks, "_shown", {})
+    assert len(told()) > 12 and len(told()) > 12, "anywhere else it is told in full each time"
+    monkeypatch.setattr(checks, "in_notebook", lambda: True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare(tiny(), out=tmp_path / "hidden")
+    assert len(told()) > 12, "what nobody saw was not shown"
+    for changes, said in (({}, "as shown above"), ({"temperature": 0.5}, "as shown above, but temperature 0.5"),
+                          ({"lr": 1.0}, "as shown above, but lr 1.0")):
+        first, run = told(**changes)
+        assert first == f"      simclr  {said}" and "seed 0, 1 process" in run
+    assert len(told(method="byol")) > 12 and len(told()) == 2
+    many = told(lr=1.0, temperature=1.0, epochs=3, size=24, batch=26, jitter=0.3)
+    assert len(many) > 12 and len(told(lr=1.0, temperature=1.0, epochs=3, size=24, batch=26)) == 2

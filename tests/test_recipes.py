@@ -88,6 +88,26 @@ def test_recipes_survive_json(method, name):
     assert "total batch" in r.describe() and r.name
 
 
+def test_the_recipe_is_told_in_full_with_the_source_of_each_number():
+    lines = resolve("maskfeat", data="imagenet", clip=0.5).describe().split("\n")
+    said = {line[:12].strip(): line[14:] for line in lines}
+    assert said["optimizer"] == "adamw, betas (0.9, 0.999)   [official code]"
+    assert said["weight decay"] == "0.05   [official code]" and said["clip"] == "gradients longer than 0.5   [you]"
+    assert said["lr"].endswith("at least 8e-06   [official code]")
+    assert said["as usual"].startswith("mask_ratio 0.4, gaussian_window 16")
+    assert "[paper]" in next(line for line in resolve("mae").describe().split("\n") if "weight decay" in line)
+    step = resolve("mocov1", data="imagenet").describe()
+    assert "sgd, momentum 0.9   [" in step and "0.03, step (x 0.1 after (120, 160)), warm-up 0 epochs   [" in step
+
+
+def test_a_recipe_beside_another_one_is_what_differs():
+    demo = resolve("simclr")
+    assert demo.beside(demo) == demo.with_(note="x").beside(demo) == []
+    assert demo.with_(temperature=5.0, epochs=8).beside(demo) == ["epochs 8", "temperature 5.0"]
+    other = resolve("mocov1", shuffle=False)
+    assert other.beside(resolve("mocov1")) == ["shuffle False"] and resolve("mocov1").beside(other) == ["shuffle True"]
+
+
 def test_on_keeps_the_total_batch():
     byol = methods.recipes("byol")["r50_8xb64_accu8_cos_lr4_8_fp16_ep200"]
     for gpus, batch, expected in ((1, None, (64, 64)), (16, None, (64, 4)), (64, None, (64, 1)), (8, 256, (256, 2))):

@@ -312,22 +312,30 @@ def test_accuracy_bars_draw_the_95_percent_intervals():
     rows = [{"protocol": protocol, "source": source, "top1": top1, "interval": [top1 - 3, top1 + 2]}
             for protocol in ("knn", "linear") for source, top1 in (("trained", 80.0), ("raw pixels", 60.0))]
     fig = figures.accuracy_bars(rows)
+    assert [text.get_text() for text in fig.axes[0].get_yticklabels()] == ["trained", "raw pixels"]
     assert [ax.get_title() for ax in fig.axes] == ["knn", "linear"]
     for ax in fig.axes:
         bars, whiskers = [c for c in ax.containers if hasattr(c, "patches")][0], ax.collections[0].get_segments()
         assert [bar.get_width() for bar in bars.patches] == [80, 60]
         assert [(round(a[0]), round(b[0])) for a, b in whiskers] == [(77, 82), (57, 62)]
-        assert [text.get_text() for text in ax.get_yticklabels()] == ["trained  80.0", "raw pixels  60.0"]
-        assert ax.get_xlim() == (0, 100)
+        assert [text.get_text() for text in ax.texts] == ["80.0", "60.0"] and ax.get_xlim() == (0, 100)
+
+
+def test_a_source_keeps_line_and_colour_in_every_panel():
+    rows = [{"protocol": protocol, "source": source, "top1": 50.0, "interval": [45.0, 55.0]}
+            for protocol, sources in (("knn", "abc"), ("linear", "cb")) for source in sources]
+    one, two = figures.accuracy_bars(rows).axes
+    bars = [{bar.get_y(): bar.get_facecolor() for bar in ax.containers[0].patches} for ax in (one, two)]
+    assert len(set(bars[0].values())) == 3 and len(bars[1]) == 2 and bars[1].items() <= bars[0].items()
 
 
 def test_bars_have_names_that_tell_them_apart():
     sources = ["byol-digits-ep60-seed0", "byol-digits-ep60-seed1", "raw pixels"]
     rows = [{"protocol": "knn", "source": s, "top1": 50.0, "interval": [45.0, 55.0]} for s in sources]
     labels = [text.get_text() for text in figures.accuracy_bars(rows).axes[0].get_yticklabels()]
-    assert labels == ["byol-digits-ep60-seed0  50.0", "byol-digits-ep60-seed1  50.0", "raw pixels  50.0"]
+    assert labels == ["byol-digits-ep60-seed0", "byol-digits-ep60-seed1", "raw pixels"]
     labels = [text.get_text() for text in figures.accuracy_bars(rows[1:]).axes[0].get_yticklabels()]
-    assert labels == ["byol  50.0", "raw pixels  50.0"]
+    assert labels == ["byol", "raw pixels"]
 
 
 def test_without_labels_there_are_no_bars():

@@ -59,22 +59,26 @@ def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
 
 
 def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
-    """Evaluation rows as bars with their 95 % intervals, one group per protocol."""
+    """Evaluation rows as bars with their 95 % intervals, a panel for each protocol and a line for each source."""
     if not rows:
         return grid([[np.full((8, 8, 3), 255)]], title="no labels, no accuracy")
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
     names = _shortest({r["source"] for r in rows})
-    fig, (axes,) = panels(1, len(protocols), 8, 2.6)
+    place = {source: -i for i, source in enumerate(dict.fromkeys(r["source"] for r in rows))}
+    fig, (axes,) = panels(1, len(protocols), 9, 1.1 + 0.35 * len(place), sharey=True)
     for ax, protocol in zip(axes, protocols, strict=True):
         mine = [r for r in rows if r["protocol"] == protocol]
-        y = np.arange(len(mine))[::-1]
+        y = [place[r["source"]] for r in mine]
         x = np.array([r["top1"] for r in mine])
         low, high = np.array([r["interval"] for r in mine]).T
-        ax.barh(y, x, color=[COLORS[i % 8] for i in range(len(mine))], height=0.6)
+        ax.barh(y, x, color=[COLORS[-i % 8] for i in y], height=0.6)
         ax.errorbar(x, y, xerr=[x - low, high - x], fmt="none", ecolor="black", capsize=3)
-        ax.set_yticks(y, [f"{names[r['source']]}  {r['top1']:.1f}" for r in mine], fontsize=9)
+        for where, value in zip(y, x, strict=True):
+            ax.text(1, where, f"{value:.1f}", va="center", fontsize=8,
+                    bbox={"facecolor": "white", "alpha": 0.8, "pad": 1, "lw": 0})
         ax.set(xlim=(0, 100), xlabel="test accuracy (%)")
-        ax.set_title(protocol, fontsize=10)
+        ax.set_title(protocol, fontsize=9)
+    axes[0].set_yticks(list(place.values()), [names[source] for source in place], fontsize=9)
     return fig
 
 

@@ -97,8 +97,8 @@ RECIPES = {
         numbers={"momentum": 0.7, "predictor_lr": 10.0, "projector_bn": True, "hidden_dim": 256, "dim": 64, "pad": 2,
                  "crop": (0.5, 1.0), "jitter": 0.5, "flip": 0.0, "hue": 0.0, "grey": 0.0, "blur": (0.0, 0.0),
                  "solarize": (0.0, 0.0)},
-        source="ours", note="Twelve hundred steps instead of ninety thousand: hence a target that follows quickly and a "
-                            "fast predictor. Batch norm at the projector's output, as in MoCo v3, makes seeds differ "
+        source="ours", note="Twelve hundred steps instead of ninety thousand: hence a target that follows quickly, and "
+                            "a fast predictor. Batch norm at the projector's output, as in MoCo v3, makes seeds differ "
                             "less: kNN 82, 82 and 86 % with it, 83, 81 and 75 % without."),
     "r50_8xb64_accu8_cos_lr4_8_fp16_ep200": _imagenet.with_(
         published={"linear, SimSiam protocol": 71.88}, note="The published checkpoint ran as 16 x 256 images."),
