@@ -204,13 +204,15 @@ def class_lines(values: Mapping[str, Mapping[str, float]], xlabel: str, title: s
 
 
 def pairs(values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str, ylabel: str, title: str = "") -> Figure:
-    """Two numbers of each thing against each other: {group: {name: (x, y)}}, names written beside the points."""
+    """Two numbers of each thing against each other: {group: {name: (x, y)}}, names written beside the points, to the
+    left and to the right in turn."""
     fig, ((ax,),) = panels(1, 1, 6.5, 3.6, title)
     for i, (group, points) in enumerate(values.items()):
         x, y = zip(*points.values(), strict=True)
         ax.scatter(x, y, color=COLORS[i % 8], marker=MARKERS[i % 10], label=group, s=30)
-        for name, at in points.items():
-            ax.annotate(f" {name}", at, fontsize=8, va="center")
+    named = sorted((at[::-1], name) for points in values.values() for name, at in points.items())
+    for i, ((y, x), name) in enumerate(named):  # from below and the left: neighbours of one height take turns
+        ax.annotate(f" {name} ", (x, y), fontsize=8, va="center", ha="left" if i % 2 else "right")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(alpha=0.3)
     ax.margins(x=0.15)
