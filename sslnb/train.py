@@ -26,6 +26,7 @@ from .parts import sum_over_processes
 from .reading import EpochSampler, ViewSet, image_loader, loader_workers, next_batch
 from .recipes import Recipe
 from .run import Run, code_changed, code_of
+from .stop import Stop
 
 LOOK = 5  # s between looks, on GPUs, at whether the run is to stop
 
@@ -67,7 +68,7 @@ def train(run: Run) -> None:
         if rank == 0:
             stack.enter_context(run.lock())
             run.write_running()
-        stop = stack.enter_context(launch.Stop())
+        stop = stack.enter_context(Stop())
         try:
             trainer = Trainer(run)
             stack.callback(trainer.close)
@@ -134,7 +135,7 @@ class Trainer:
 
     # ------------------------------------------------------------ the loop
 
-    def fit(self, stop: launch.Stop) -> None:
+    def fit(self, stop: Stop) -> None:
         run, method = self.run, self.method
         start = time.monotonic() - run.status().get("seconds", 0.0)  # time.time() may go back
         if self.main:
@@ -165,7 +166,7 @@ class Trainer:
                     self._leave(start, stop)
         self._finish(start)
 
-    def _told(self, stop: launch.Stop) -> bool:
+    def _told(self, stop: Stop) -> bool:
         """Whether any process was told to stop. When several ask next they agree on too: on GPUs after some seconds,
         for asking waits for the device, but whoever stops us does not wait for long."""
         processes = self.accelerator.num_processes
@@ -252,7 +253,7 @@ class Trainer:
                                   skipped_steps=self.skipped)
         self.accelerator.wait_for_everyone()
 
-    def _leave(self, start: float, stop: launch.Stop) -> None:
+    def _leave(self, start: float, stop: Stop) -> None:
         stop.saving = True
         self.save(start)
         stop.reason = stop.reason or "another process was told to stop"

@@ -13,8 +13,8 @@ import torch
 from test_train import equal, train_until, weights
 
 from sslnb import InputError, Run, launch, nodes, prepare, pretrain
-from sslnb.launch import Stop
 from sslnb.reading import loader_workers
+from sslnb.stop import Stop
 
 NOBODY = 2**22 - 3  # no process has this id
 

@@ -17,8 +17,8 @@ from test_train import train_until
 
 from sslnb import Run, data, figures, launch, prepare, pretrain, resolve
 from sslnb.errors import InputError
-from sslnb.launch import Stop
 from sslnb.run import environment
+from sslnb.stop import Stop
 from sslnb.train import Trainer, train
 
 

@@ -16,8 +16,8 @@ import torch
 
 from sslnb import Run, methods, prepare, pretrain
 from sslnb.errors import InputError, NonFinite
-from sslnb.launch import Stop
 from sslnb.reading import EpochSampler, ViewSet, image_loader
+from sslnb.stop import Stop
 from sslnb.train import Trainer, train
 from sslnb.views import CenterCrop, View, Views
 
