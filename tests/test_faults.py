@@ -485,7 +485,7 @@ from pathlib import Path
 
 import torch
 
-from sslnb.methods import recipes
+from sslnb import resolve
 from sslnb.methods.mae import MAE
 
 here, now = Path(__file__).parent, time.time
@@ -524,7 +524,7 @@ class Hurt(MAE):
 
 
 time.time = clock
-RECIPES = {"demo": recipes("mae")["demo"].with_(method=__file__ + ":Hurt")}
+RECIPES = {"demo": resolve("mae", data="./pictures").with_(method=__file__ + ":Hurt")}  # with the views of these
 """
 
 
