@@ -198,6 +198,8 @@ def test_a_machine_that_lacks_images_is_named_and_all_end(start, pictures, tmp_p
     (tmp_path / "b" / "pictures" / "07.png").unlink()
     monkeypatch.chdir(tmp_path / "a")
     run = prepared("pictures", tmp_path / "run")
+    file = run.path / "recipe.json"  # both "machines" have one disk: of a relative path each finds a folder of its own
+    file.write_text(file.read_text().replace(str(tmp_path / "a" / "pictures"), "pictures"))
     agents = [start(name, run.path, restarts=1, cwd=tmp_path / name) for name in "ab"]
     for agent in agents:
         said = end(agent, well=False)
