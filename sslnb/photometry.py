@@ -1,4 +1,4 @@
-"""Batched photometry: one parameter per image, one implementation for CPU and GPU, and the numbers it draws.
+"""Stage two of the views: photometry, the whole batch at once, on the training device, be it a CPU or a GPU.
 
 x is (B, 3, H, W) in [0, 1]; factors are (B,), on the CPU or where x is, or a number for all. Formulas agree with
 torchvision.transforms.functional. Colours change in place: a large image and its copy would not fit into a CPU core's
@@ -7,45 +7,168 @@ cache together.
 
 import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .draws import Draws
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the step of splitmix64
 
 
-@dataclass
-class Draws:
-    """Uniform numbers, one per image, that depend on (seed, stream, how many were drawn before) and nothing else.
+class BatchOp:
+    """An op of stage two: `apply(x, *sample(draws))` with x (B, 3, H, W) in [0, 1], which it may overwrite; parameters
+    stay on the CPU, so that choosing the images an op applies to never waits for the device. A probability `p` is for
+    `sample` alone: views that differ in nothing else are applied together.
 
-    A counter-based generator (splitmix64's finaliser, Steele et al. 2014) instead of a stateful one: there is no
-    state to save for an exact resume and no order to respect between images.
+    One with `on_numbers` also takes the parameters of a single image as numbers, or lists of them, and is faster so.
     """
 
-    seeds: Tensor  # int64 (B,)
-    stream: int = 0
-    drawn: int = field(default=0, init=False)
+    on_numbers = False
 
-    def __post_init__(self) -> None:
-        self.mixed = _mix(self.seeds.cpu().numpy().astype(np.uint64))
+    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
+        return ()
 
-    def __call__(self, low: float = 0.0, high: float = 1.0) -> Tensor:
-        """float32 (B,) in [low, high), on the CPU."""
-        self.drawn += 1
-        counter = (self.stream * 1000 + self.drawn) * GOLDEN % 2**64
-        unit = (_mix(self.mixed + np.uint64(counter)) >> np.uint64(11)) * 2.0**-53
-        return torch.from_numpy((low + (high - low) * unit).astype(np.float32))
+    def apply(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """uint64, whose products wrap around, which is what the mixing needs."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+@dataclass(frozen=True)
+class ColorJitter(BatchOp):
+    """Brightness, contrast, saturation and hue changed in a random order per image, with probability `p`."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    p: float = 0.8
+
+    on_numbers = True
+
+    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
+        on = draws() < self.p
+        factors = [draws(max(0.0, 1 - s), 1 + s) for s in (self.brightness, self.contrast, self.saturation)]
+        factors.append(draws(-self.hue, self.hue))
+        order = torch.stack([draws() for _ in range(4)], 1).argsort(1)  # B x 4: which op comes at which place, or -1
+        used = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue]) > 0
+        return torch.stack(factors, 1), order.where(on[:, None] & used[order], -1)
+
+    def apply(self, x: Tensor, factors: Tensor | list[float], order: Tensor | list[int]) -> Tensor:
+        """Place by place the images are sorted by the op they have there, so that each op finds its own side by side:
+        on a GPU the number of operations is what takes time."""
+        ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+        if isinstance(order, list):
+            for which in order:
+                if which >= 0:
+                    ops[which](x, factors[which])
+            return x
+        turns, images = order.sort(stable=True, dim=0)  # B x 4: row i of place p is images[i, p]
+        rows = images.argsort(0)  # image i is in rows[i, p]
+        moves = torch.cat([images[:, :1], rows[:, :-1].take_along_dim(images[:, 1:], 0), rows[:, -1:]], 1)
+        moves, factors = (y.T.contiguous().to(x.device, non_blocking=True) for y in (moves, factors[images, turns]))
+        counts = torch.stack([(turns == which).sum(0) for which in range(-1, len(ops))], 1).tolist()
+        for place, count in enumerate(counts):
+            x = x[moves[place]]
+            _, *sorts = zip(x.split(count), factors[place].split(count), strict=True)
+            for op, (some, factor) in zip(ops, sorts, strict=True):
+                if len(some):
+                    op(some, factor)
+        return x[moves[-1]]
+
+
+@dataclass(frozen=True)
+class Greyscale(BatchOp):
+    """All three channels become the luma, with probability `p`."""
+
+    p: float = 0.2
+
+    on_numbers = True
+
+    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
+        return (draws() < self.p,)
+
+    def apply(self, x: Tensor, on: Tensor | bool) -> Tensor:
+        return _on_some(x, on, lambda some: some.copy_(luma(some)))
+
+
+@dataclass(frozen=True)
+class Blur(BatchOp):
+    """Gaussian blur, σ uniform in `sigma` (pixels), with probability `p`.
+
+    The kernel covers a tenth of the image as in SimCLR and BYOL (23 taps at 224) unless `kernel` is given.
+    """
+
+    p: float = 0.5
+    sigma: tuple[float, float] = (0.1, 2.0)
+    kernel: int | None = None
+
+    on_numbers = True
+
+    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
+        return draws() < self.p, draws(*self.sigma)
+
+    def apply(self, x: Tensor, on: Tensor | bool, sigma: Tensor | float) -> Tensor:
+        taps = self.kernel or max(3, x.shape[-1] // 10 // 2 * 2 + 1)
+        return _on_some(x, on, lambda some, s: gaussian_blur(some, s, taps), sigma)
+
+
+@dataclass(frozen=True)
+class Solarize(BatchOp):
+    """Invert every value of at least `threshold` (0.5 stands for PIL's 128 of 255), with probability `p`."""
+
+    p: float = 0.2
+    threshold: float = 128 / 255
+
+    on_numbers = True
+
+    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
+        return (draws() < self.p,)
+
+    def apply(self, x: Tensor, on: Tensor | bool) -> Tensor:
+        # |1 - x| where x is bright and |0 - x| elsewhere: on a CPU torch.where takes 15 times as long
+        return _on_some(x, on, lambda some: some.clone().ge_(self.threshold).sub_(some).abs_())
+
+
+@dataclass(frozen=True)
+class Normalize(BatchOp):
+    """Subtract the channel mean and divide by the channel deviation."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x stays as it is; the result can be written into `out`, then x is four-dimensional."""
+        if out is None or x.device.type != "cpu":
+            shift = per_channel(tuple(-m / s for m, s in zip(self.mean, self.std, strict=True)), x)
+            return torch.addcmul(shift, x, per_channel(tuple(1 / s for s in self.std), x), out=out)
+        # On a CPU batch norm passes over the images once, and addcmul takes three times as long.
+        mean, var = per_channel(self.mean, x).flatten(), per_channel(tuple(s * s for s in self.std), x).flatten()
+        torch.native_batch_norm(x, None, None, mean, var, False, 0.0, 0.0, out=(out, x.new_empty(0), x.new_empty(0)))
+        return out
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Back to [0, 1] for looking at: x (..., 3, H, W)."""
+        return (x * per_channel(self.std, x) + per_channel(self.mean, x)).clamp(0, 1)
+
+
+UNCHANGED = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def _on_some(x: Tensor, on: Tensor | bool, op, *parameters: Tensor | float) -> Tensor:
+    """Apply `op` to the chosen images only; images that are not chosen cost nothing."""
+    if on is False or isinstance(on, Tensor) and not on.any():
+        return x
+    if on is True or on.all():
+        return op(x, *parameters)
+    chosen = on.nonzero()[:, 0]
+    there = chosen.to(x.device, non_blocking=True)
+    return x.index_copy_(0, there, op(x[there], *(p[chosen] for p in parameters)))
+
+
+# ---------------------------------------------------------------- what the ops compute
 
 
 def luma(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ self-supervision; this split is what makes it cheap.
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from .decoding import pixels
+from .draws import Draws
 from .errors import InputError
 from .geometry import (  # noqa: F401  methods take all their ops from here
     CenterCrop,
@@ -32,162 +33,19 @@ from .geometry import (  # noqa: F401  methods take all their ops from here
     RandomRotation,
     Resize,
 )
-from .photometry import (
-    Draws,
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
-    gaussian_blur,
-    luma,
-    per_channel,
+from .photometry import (  # noqa: F401
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    UNCHANGED,
+    BatchOp,
+    Blur,
+    ColorJitter,
+    Greyscale,
+    Normalize,
+    Solarize,
 )
 
 IN_CACHE = 28_000  # numbers that an op works on at a time on a CPU: images of more than 68 px come one by one
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-# ---------------------------------------------------------------- stage two: photometry, the whole batch at once
-
-
-class BatchOp:
-    """An op of stage two: `apply(x, *sample(draws))` with x (B, 3, H, W) in [0, 1], which it may overwrite; parameters
-    stay on the CPU, so that choosing the images an op applies to never waits for the device. A probability `p` is for
-    `sample` alone: views that differ in nothing else are applied together.
-
-    One with `on_numbers` also takes the parameters of a single image as numbers, or lists of them, and is faster so.
-    """
-
-    on_numbers = False
-
-    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
-        return ()
-
-    def apply(self, x: Tensor, *parameters: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class ColorJitter(BatchOp):
-    """Brightness, contrast, saturation and hue changed in a random order per image, with probability `p`."""
-
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    p: float = 0.8
-
-    on_numbers = True
-
-    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
-        on = draws() < self.p
-        factors = [draws(max(0.0, 1 - s), 1 + s) for s in (self.brightness, self.contrast, self.saturation)]
-        factors.append(draws(-self.hue, self.hue))
-        order = torch.stack([draws() for _ in range(4)], 1).argsort(1)  # B x 4: which op comes at which place, or -1
-        used = torch.tensor([self.brightness, self.contrast, self.saturation, self.hue]) > 0
-        return torch.stack(factors, 1), order.where(on[:, None] & used[order], -1)
-
-    def apply(self, x: Tensor, factors: Tensor | list[float], order: Tensor | list[int]) -> Tensor:
-        """Place by place the images are sorted by the op they have there, so that each op finds its own side by side:
-        on a GPU the number of operations is what takes time."""
-        ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-        if isinstance(order, list):
-            for which in order:
-                if which >= 0:
-                    ops[which](x, factors[which])
-            return x
-        turns, images = order.sort(stable=True, dim=0)  # B x 4: row i of place p is images[i, p]
-        rows = images.argsort(0)  # image i is in rows[i, p]
-        moves = torch.cat([images[:, :1], rows[:, :-1].take_along_dim(images[:, 1:], 0), rows[:, -1:]], 1)
-        moves, factors = (y.T.contiguous().to(x.device, non_blocking=True) for y in (moves, factors[images, turns]))
-        counts = torch.stack([(turns == which).sum(0) for which in range(-1, len(ops))], 1).tolist()
-        for place, count in enumerate(counts):
-            x = x[moves[place]]
-            _, *sorts = zip(x.split(count), factors[place].split(count), strict=True)
-            for op, (some, factor) in zip(ops, sorts, strict=True):
-                if len(some):
-                    op(some, factor)
-        return x[moves[-1]]
-
-
-@dataclass(frozen=True)
-class Greyscale(BatchOp):
-    """All three channels become the luma, with probability `p`."""
-
-    p: float = 0.2
-
-    on_numbers = True
-
-    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
-        return (draws() < self.p,)
-
-    def apply(self, x: Tensor, on: Tensor | bool) -> Tensor:
-        return _on_some(x, on, lambda some: some.copy_(luma(some)))
-
-
-@dataclass(frozen=True)
-class Blur(BatchOp):
-    """Gaussian blur, σ uniform in `sigma` (pixels), with probability `p`.
-
-    The kernel covers a tenth of the image as in SimCLR and BYOL (23 taps at 224) unless `kernel` is given.
-    """
-
-    p: float = 0.5
-    sigma: tuple[float, float] = (0.1, 2.0)
-    kernel: int | None = None
-
-    on_numbers = True
-
-    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
-        return draws() < self.p, draws(*self.sigma)
-
-    def apply(self, x: Tensor, on: Tensor | bool, sigma: Tensor | float) -> Tensor:
-        taps = self.kernel or max(3, x.shape[-1] // 10 // 2 * 2 + 1)
-        return _on_some(x, on, lambda some, s: gaussian_blur(some, s, taps), sigma)
-
-
-@dataclass(frozen=True)
-class Solarize(BatchOp):
-    """Invert every value of at least `threshold` (0.5 stands for PIL's 128 of 255), with probability `p`."""
-
-    p: float = 0.2
-    threshold: float = 128 / 255
-
-    on_numbers = True
-
-    def sample(self, draws: Draws) -> tuple[Tensor, ...]:
-        return (draws() < self.p,)
-
-    def apply(self, x: Tensor, on: Tensor | bool) -> Tensor:
-        # |1 - x| where x is bright and |0 - x| elsewhere: on a CPU torch.where takes 15 times as long
-        return _on_some(x, on, lambda some: some.clone().ge_(self.threshold).sub_(some).abs_())
-
-
-@dataclass(frozen=True)
-class Normalize(BatchOp):
-    """Subtract the channel mean and divide by the channel deviation."""
-
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-
-    def apply(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x stays as it is; the result can be written into `out`, then x is four-dimensional."""
-        if out is None or x.device.type != "cpu":
-            shift = per_channel(tuple(-m / s for m, s in zip(self.mean, self.std, strict=True)), x)
-            return torch.addcmul(shift, x, per_channel(tuple(1 / s for s in self.std), x), out=out)
-        # On a CPU batch norm passes over the images once, and addcmul takes three times as long.
-        mean, var = per_channel(self.mean, x).flatten(), per_channel(tuple(s * s for s in self.std), x).flatten()
-        torch.native_batch_norm(x, None, None, mean, var, False, 0.0, 0.0, out=(out, x.new_empty(0), x.new_empty(0)))
-        return out
-
-    def undo(self, x: Tensor) -> Tensor:
-        """Back to [0, 1] for looking at: x (..., 3, H, W)."""
-        return (x * per_channel(self.std, x) + per_channel(self.mean, x)).clamp(0, 1)
-
-
-UNCHANGED = Normalize((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-
-# ---------------------------------------------------------------- putting views together
 
 
 def _references(arrays: list[np.ndarray]) -> list[int]:
@@ -335,14 +193,3 @@ class Views:
         seeds = [seed * 1_000_003 + i for i in range(len(images))]
         crops = [self.crop(image, random.Random(s)) for image, s in zip(images, seeds, strict=True)]
         return self.photometric([torch.stack(view) for view in zip(*crops, strict=True)], torch.tensor(seeds))
-
-
-def _on_some(x: Tensor, on: Tensor | bool, op, *parameters: Tensor | float) -> Tensor:
-    """Apply `op` to the chosen images only; images that are not chosen cost nothing."""
-    if on is False or isinstance(on, Tensor) and not on.any():
-        return x
-    if on is True or on.all():
-        return op(x, *parameters)
-    chosen = on.nonzero()[:, 0]
-    there = chosen.to(x.device, non_blocking=True)
-    return x.index_copy_(0, there, op(x[there], *(p[chosen] for p in parameters)))

@@ -16,12 +16,12 @@ from torch import nn
 
 from sslnb import Run, backbones, data, methods, optim, pretrain
 from sslnb.checks import prepare
+from sslnb.draws import Draws
 from sslnb.errors import InputError
 from sslnb.evaluate.augment import RandAugment, RandomErasing, mixed
 from sslnb.evaluate.finetune import FINETUNE, FineTune, repeated_order
 from sslnb.evaluate.protocol import train_protocol
 from sslnb.evaluate.start import carried_over, layer_ids, resampled_table
-from sslnb.photometry import Draws
 from sslnb.reading import EpochSampler
 
 DEMO = FINETUNE["finetune_demo"]

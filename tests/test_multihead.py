@@ -12,6 +12,7 @@ from torch import nn
 
 from sslnb import Run, backbones, data, methods, pretrain
 from sslnb.data import load
+from sslnb.draws import Draws
 from sslnb.errors import InputError
 from sslnb.evaluate.multihead import (
     MULTIHEAD,
@@ -25,7 +26,6 @@ from sslnb.evaluate.multihead import (
     pools,
 )
 from sslnb.evaluate.protocol import train_protocol
-from sslnb.photometry import Draws
 
 PUBLISHED = MULTIHEAD["multihead_imagenet"]
 

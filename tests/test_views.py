@@ -12,9 +12,10 @@ from torchvision.transforms import InterpolationMode
 
 from sslnb import methods, photometry, resolve
 from sslnb import views as V
+from sslnb.draws import Draws
 from sslnb.embedded import photos
 from sslnb.errors import InputError
-from sslnb.photometry import Draws, adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, gaussian_blur
+from sslnb.photometry import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, gaussian_blur
 
 TOLERANCE = 1e-5
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..draws import Draws
 from ..errors import InputError
 from ..geometry import ImageOp
-from ..photometry import Draws
 from ..views import IMAGENET_MEAN, BatchOp
 
 

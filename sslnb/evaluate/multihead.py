@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backbones
+from ..draws import Draws
 from ..errors import InputError
 from ..geometry import CenterCrop, HorizontalFlip, ImageOp, RandomResizedCrop, Resize
 from ..parts import full_precision
-from ..photometry import Draws
 from ..recipes import Recipe
 from ..run import Run
 from ..views import BatchOp, ColorJitter, Normalize, View, Views
