@@ -71,7 +71,7 @@ def test_deep_images_are_scaled_to_8_bits(tmp_path, photo):
 
 
 @pytest.mark.parametrize("turn,expected", [(1, lambda x: x), (3, lambda x: np.rot90(x, 2)),
-                                           (6, lambda x: np.rot90(x, -1)), (7, lambda x: np.rot90(x, 2).mT)])
+                                           (6, lambda x: np.rot90(x, -1)), (7, lambda x: np.rot90(x, 2).T)])
 def test_exif_orientation_is_applied(tmp_path, photo, turn, expected):
     exif = Image.Exif()
     exif[0x0112] = turn  # how the camera was held
