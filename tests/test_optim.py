@@ -62,6 +62,7 @@ def test_a_recipe_counts_in_epochs_and_may_hold_the_rate_within_one():
     held = recipe.with_(lr_by_epoch=True)
     assert [held.lr_at(s, 4) for s in (8, 9, 11)] == [recipe.lr_at(8, 4)] * 3
     assert held.lr_at(12, 4) == recipe.lr_at(12, 4)
+    assert recipe.with_(warmup_epochs=0.9).lr_at(2, 4) == pytest.approx(0.5), "3.6 steps are 4"
     steps = recipe.with_(schedule="step", milestones=(2,), gamma=0.4)
     assert steps.lr_at(7, 4) == 1.0 and steps.lr_at(8, 4) == pytest.approx(0.4)
 
