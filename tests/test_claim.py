@@ -210,6 +210,8 @@ def test_the_start_of_several_processes_and_which_error_ended_them(tmp_path, mon
     with pytest.raises(RuntimeError, match="FRIDAY"):
         launch.torchrun(run, 2)
     assert {"--nnodes=1", "--node_rank=0", "--nproc_per_node=2"} <= set(given["command"])
+    assert given["env"]["SSLNB_PARENT"] == str(os.getpid())
+    assert given["env"].get("ACCELERATE_USE_CPU") == (None if torch.cuda.is_available() else "1")
     assert given["env"]["OMP_NUM_THREADS"] == "3" and given["env"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
 
 

@@ -94,6 +94,18 @@ def test_without_git_a_run_is_no_checkout(monkeypatch):
     assert environment()["git"] == "not a checkout"
 
 
+def test_below_torchrun_only_what_would_come_again_is_a_failure(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.write_running()
+    launch.failed(run, InputError("lost"), 1)
+    assert run.status()["state"] == "running", "process 0 says how a run is"
+    monkeypatch.setenv("SSLNB_PARENT", str(os.getpid()))
+    for error, state in ((RuntimeError("a card fell off"), "running"), (InputError("no such images"), "failed")):
+        launch.failed(run, error, 0)
+        assert (run.status()["state"], run.status()["final"]) == (state, state == "failed")
+    assert [row["process"] for row in run.history("error")] == [1, 0, 0]
+
+
 def test_a_full_shared_memory_is_told_with_the_remedy(tmp_path):
     for said in ("Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm) for file",
                  "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"):
