@@ -733,8 +733,9 @@ def test_settings_are_plain_json(tiny, tmp_path):
     run = prepare(tiny(), out=tmp_path / "run")
     assert json.loads((run.path / "recipe.json").read_text())["recipe"]["method"] == "simclr"
     assert run.recipe == tiny()
-    memory = prepare(tiny("npid", images=7), out=tmp_path / "memory").recipe.numbers["images"]
-    assert memory == 130, "a memory of every image has as many places as there are images"
+    memory = prepare(tiny("npid", images=7, published={"linear": 56.6}), out=tmp_path / "memory").recipe
+    assert memory.numbers["images"] == 130, "a memory of every image has as many places as there are images"
+    assert memory.published == {"linear": 56.6}, "which is what the recipe means"
 
 
 def test_a_run_counted_in_steps_ends_within_an_epoch_and_resumes_exactly(tiny, tmp_path):
