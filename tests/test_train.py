@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from sslnb import Run, methods, nodes, optim, prepare, pretrain
+from sslnb import Run, launch, methods, nodes, optim, prepare, pretrain
 from sslnb.errors import InputError, NonFinite
 from sslnb.monitor import Meter, Monitor
 from sslnb.reading import EpochSampler, ViewSet, image_loader
@@ -128,7 +128,7 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tiny, tmp_path):
     run = prepare(tiny(), out=tmp_path / "run")
     run.save_checkpoint({"step": 1})
     run.write_status(best={"checkpoint": run.checkpoints()[0].name, "knn": 99.0})
-    (run.path / "checkpoints" / ".step_00000002.draft").write_bytes(b"half of it")  # as kill -9 leaves it
+    (run.path / "checkpoints" / ".step_00000099.draft").write_bytes(b"half of it")  # as kill -9 leaves it
     for step in range(2, 9):
         run.save_checkpoint({"step": step})
     assert [int(p.name[5:13]) for p in run.checkpoints()] == [1, 6, 7, 8]
@@ -153,6 +153,9 @@ def test_a_checkpoint_that_is_damaged_is_passed_over_and_told(tmp_path):
 class Counting(methods.get("byol")):
     accumulable = True
 
+    def before_step(self, progress):
+        self.asked = [*getattr(self, "asked", []), progress]
+
     def after_step(self, progress):
         self.seen = [*getattr(self, "seen", []), progress]
 
@@ -163,7 +166,7 @@ def test_hooks_count_optimizer_steps_not_micro_batches(tiny, tmp_path, monkeypat
     trainer = Trainer(run)
     trainer.fit(Stop())
     trainer.close()
-    assert trainer.method.seen == pytest.approx([(i + 1) / 8 for i in range(8)])
+    assert trainer.method.seen == trainer.method.asked == pytest.approx([(i + 1) / 8 for i in range(8)])
 
 
 def test_accumulated_gradients_equal_the_big_batch(tmp_path):
@@ -255,7 +258,7 @@ def test_a_run_is_trained_by_as_many_processes_as_it_was_prepared_for(tiny, tmp_
 def test_a_run_leaves_the_settings_of_torch_as_they_were(tiny, tmp_path, monkeypatch):
     def before_train(self, run):
         torch.backends.cudnn.deterministic = True
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 1 and run.status()["state"] == "running"
 
     monkeypatch.setattr("sslnb.methods.simclr.SimCLR.before_train", before_train)
     monkeypatch.setattr("sslnb.launch.cores", lambda: 2)
@@ -497,13 +500,20 @@ def test_the_best_checkpoint_is_one_that_is_there(tiny, tmp_path):
         assert monitor.best(path, 4) == best
 
 
-def test_a_checkpoint_has_the_broken_images_of_all_processes(tiny, tmp_path, monkeypatch):
+def test_a_checkpoint_has_the_broken_images_and_the_random_states_of_all_processes(tiny, tmp_path, monkeypatch):
     trainer = Trainer(prepare(tiny(), out=tmp_path / "run"))
     trainer.broken = {5}
+    torch.manual_seed(7)
+    theirs = launch.random_state(False)
+    torch.manual_seed(6)
     with monkeypatch.context() as patch:
-        patch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, (*mine[0][:-1], {7, 2})])
+        patch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, (theirs, {7, 2})])
         trainer.step = 1
         trainer.save(time.monotonic())
+    for process in range(2):
+        monkeypatch.setattr("accelerate.Accelerator.process_index", process)
+        trainer._resume()
+        assert torch.rand(3).equal(torch.rand(3, generator=torch.Generator().manual_seed(6 + process)))
     trainer.close()
     assert trainer.run.latest()["broken"] == [2, 5, 7]
 
