@@ -176,7 +176,7 @@ def test_two_processes_train_the_run_of_one(recipe, tmp_path, capfd):
 
 def test_two_processes_that_accumulate_train_the_run_of_one(tmp_path):
     """Each adds up the gradients of its parts before they are averaged: all of them, else the processes part."""
-    recipe = methods.recipes("byol")["demo"].with_(epochs=1, batch=160, accum=2, optimizer="sgd", lr=1e-2,
+    recipe = methods.recipes("byol")["demo"].with_(steps=2, batch=160, accum=2, optimizer="sgd", lr=1e-2,
                                                    warmup_epochs=0)
     alone = pretrain(recipe, out=tmp_path / "alone")
     pair = pretrain(recipe.with_(gpus=2, batch=80), out=tmp_path / "pair", processes=2)

@@ -337,6 +337,17 @@ def test_a_norm_over_processes_has_the_numbers_of_the_one_it_stands_for():
     assert not any(p.requires_grad for p in ours.parameters()), "a frozen target stays frozen"
 
 
+def test_a_norm_over_processes_learns_the_statistics_of_all_their_images(monkeypatch):
+    """Two processes with the same images are one with each of them twice."""
+    whole, ours = nn.BatchNorm2d(3, momentum=0.5), sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3, momentum=0.5)), False)
+    monkeypatch.setattr(batchnorm, "world", lambda: (0, 2))
+    monkeypatch.setattr(batchnorm, "sum_over_processes", lambda x: 2 * x)
+    x = 3 * torch.randn(2, 3, 1, 2) + 1
+    assert torch.allclose(ours(x), whole(torch.cat([x, x]))[:2], atol=1e-6)
+    for name, statistic in whole.named_buffers():
+        assert torch.allclose(ours[0].get_buffer(name), statistic), name
+
+
 def test_statistics_of_all_processes_are_averaged(monkeypatch):
     mine, other = (nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3)) for _ in range(2))
     for i, (a, b) in enumerate(zip(mine, other, strict=True)):

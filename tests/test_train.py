@@ -785,6 +785,7 @@ def test_the_monitor_measures_with_the_recipes_pool_and_leaves_each_image_out(ti
     f, row = extract(run.backbone(), run.recipe.load(), size=20, pool="mean"), run.history("monitor")[-1]
     assert row["knn"] == weighted_knn(f.x, f.labels, f.x, f.labels, k=20, exclude_self=True).top1
     assert row["effective_rank"] == pytest.approx(panel(f.x)["effective_rank"], rel=1e-4)
+    assert row["alignment"] > 0, "of two views, not of one with itself"
 
 
 def test_the_monitor_looks_about_a_dozen_times_and_after_the_last_epoch_at_all_classes(tiny):
