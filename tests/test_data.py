@@ -352,6 +352,12 @@ def test_fraction_is_stratified_deterministic_and_nested(digits):
             load("digits", fraction=wrong)
 
 
+def test_a_subset_has_images_and_labels_in_the_order_asked(digits):
+    some = digits.subset([9, 2, 9])
+    assert some.labels.tolist() == [digits.labels[i] for i in (9, 2, 9)] == [9, 2, 9]
+    assert [image.tobytes() for image in some.items] == [digits.items[i].tobytes() for i in (9, 2, 9)]
+
+
 def test_fraction_by_file(tmp_path, digits):
     write_classes(tmp_path / "set" / "train", digits)
     everything = names(load(tmp_path / "set"))

@@ -120,9 +120,10 @@ def test_all_weights_at_once_take_the_same_steps(optimizer, numbers, monkeypatch
 def test_an_optimizer_has_all_numbers_of_its_recipe(tiny, name):
     from sslnb import optim
 
-    recipe = tiny(optimizer=name, lr=0.1, weight_decay=0.03, sgd_momentum=0.8, betas=(0.8, 0.95))
+    recipe = tiny(optimizer=name, lr=0.1, weight_decay=0.03, sgd_momentum=0.8, betas=(0.8, 0.95),
+                  nesterov=name == "sgd")
     (group,) = optim.build([{"params": [torch.nn.Parameter(torch.ones(3, 3))]}], recipe).param_groups
-    assert (group["lr"], group["weight_decay"]) == (0.1, 0.03)
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0.03) and group.get("nesterov", False) == recipe.nesterov
     if name in ("adamw", "lamb"):
         assert tuple(group["betas"]) == (0.8, 0.95) and group.get("max_grad_norm") is None
     else:
