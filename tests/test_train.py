@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from sslnb import Run, launch, methods, nodes, optim, prepare, pretrain
 from sslnb.errors import InputError, NonFinite
-from sslnb.monitor import Meter, Monitor
+from sslnb.monitor import FiniteWatch, Meter, Monitor
 from sslnb.reading import EpochSampler, ViewSet, image_loader
 from sslnb.stop import Stop
 from sslnb.train import Trainer, train
@@ -377,6 +377,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_batch(tiny, tmp_path
     assert saved["step"] == 2 and saved["terms"] == ["loss"] and len(saved["index"][0]) == 32
     assert all(torch.equal(a, b) for a, b in zip(saved["views"][0], seen[2], strict=True))
     assert not run.checkpoints(), "bad weights are not kept"
+
+
+def test_of_several_bad_steps_the_first_is_told():
+    watch = FiniteWatch(None)
+    for step, loss, norm in ((3, 1.0, 1.0), (4, float("nan"), float("nan")), (5, float("inf"), 1.0), (6, 1.0, 1.0)):
+        watch.note({"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}, step)
+        assert watch.first_bad() == ((4, ["loss"]) if step > 3 else (-1, []))
 
 
 def test_bad_weights_are_never_saved_however_seldom_one_looks(tiny, tmp_path, monkeypatch):
