@@ -58,7 +58,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     images = recipe.load()
     recipe = recipe.with_(data=located(recipe.data))  # a run is opened from other folders too
     if "images" in method_numbers(recipe.method):  # a method with a memory of every image
-        recipe = recipe.with_(images=len(images))
+        recipe = recipe.with_(images=len(images), published=recipe.published)
     steps = recipe.steps_per_epoch(len(images))
     try_out(recipe, recipe.total_steps(steps))
     recipe.on(recipe.gpus, recipe.batch)  # refuses accumulation where it would change the method

@@ -15,6 +15,7 @@ from test_train import equal, train_until, weights
 from sslnb import InputError, Run, launch, nodes, prepare, pretrain
 from sslnb.reading import loader_workers
 from sslnb.stop import Stop
+from sslnb.train import train
 
 NOBODY = 2**22 - 3  # no process has this id
 
@@ -31,7 +32,7 @@ def test_a_run_is_its_callers_from_the_check_to_the_end(tiny, tmp_path, monkeypa
     """Also before its processes come up and while torchrun starts them again, when none of them has its lock."""
     seen = []
 
-    def train(run, *_):
+    def stand_in(run, *_):
         run.write_running()
         before = files(tmp_path)
         for resume in (True, False):
@@ -39,8 +40,8 @@ def test_a_run_is_its_callers_from_the_check_to_the_end(tiny, tmp_path, monkeypa
                 prepare(tiny(), out=tmp_path / "run", processes=processes, workers=1, resume=resume)
         seen.append(files(tmp_path) == before)
 
-    monkeypatch.setattr("sslnb.train.train", train)
-    monkeypatch.setattr("sslnb.launch.torchrun", train)
+    monkeypatch.setattr("sslnb.train.train", stand_in)
+    monkeypatch.setattr("sslnb.launch.torchrun", stand_in)
     run = pretrain(tiny(), out=tmp_path / "run", processes=processes)
     assert seen == [True]
     with run.lock("launch.lock"), run.lock():
@@ -56,6 +57,13 @@ def test_processes_that_still_save_are_waited_for(tiny, tmp_path, monkeypatch, c
         monkeypatch.setattr("sslnb.checks.time.sleep", lambda seconds: theirs.close())
         prepare(tiny(), out=tmp_path / "run")
     assert capsys.readouterr().out.count("Another process is just leaving") == 1
+
+
+def test_whoever_trains_has_the_lock(tiny, tmp_path):
+    run = prepare(tiny(), out=tmp_path / "run")
+    with run.lock(), pytest.raises(InputError, match="is being trained by another process"):
+        train(run)
+    assert not run.history()
 
 
 def test_they_are_not_waited_for_for_ever(tiny, tmp_path, monkeypatch):
@@ -110,6 +118,20 @@ def test_processes_that_lost_their_caller_do_not_come_back(monkeypatch):
         nodes.join()
     stop = Stop()
     assert stop.asked and stop.exception().code == 0, "for torchrun an error would be a reason to start them again"
+
+
+def test_a_new_torchrun_tries_what_failed_for_good(tmp_path, monkeypatch):
+    """That which is there would only start it again and again."""
+    run = Run(tmp_path)
+    monkeypatch.setenv("SSLNB_PARENT", str(os.getpid()))
+    run.write_running()
+    launch.failed(run, RuntimeError("a card fell off"), 0)
+    nodes.exit_if_hopeless(run)
+    launch.failed(run, InputError("no such images"), 0)
+    with pytest.raises(SystemExit):
+        nodes.exit_if_hopeless(run)
+    monkeypatch.setenv("SSLNB_PARENT", str(NOBODY))
+    nodes.exit_if_hopeless(run)
 
 
 # ---------------------------------------------------------------- what a later call may change
@@ -190,9 +212,12 @@ def test_the_home_folder_may_be_written_as_in_a_shell(tiny, tmp_path, monkeypatc
     assert Run.open("~/run").seed == 0 and not (tmp_path / "~").exists()
 
 
-def test_the_start_of_several_processes_and_which_error_ended_them(tmp_path, monkeypatch, tiny):
+@pytest.mark.parametrize("code", [1, 0])
+def test_the_start_of_several_processes_and_which_error_ended_them(tmp_path, monkeypatch, tiny, code):
     """torchrun starts a run again: the reason is the first error of its last start, not one that was survived."""
     run, given = prepare(tiny("simsiam"), out=tmp_path / "run"), {}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    launch.failed(run, RuntimeError("of an earlier call"), 0)
 
     class Child:
         stdout = ()
@@ -204,12 +229,14 @@ def test_the_start_of_several_processes_and_which_error_ended_them(tmp_path, mon
                 launch.failed(run, RuntimeError(text), 0)
 
         def wait(self):
-            return 1
+            return code
     monkeypatch.setattr(launch.subprocess, "Popen", Child)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with pytest.raises(RuntimeError, match="FRIDAY"):
         launch.torchrun(run, 2)
-    assert {"--nnodes=1", "--node_rank=0", "--nproc_per_node=2"} <= set(given["command"])
+    assert {"--nnodes=1", "--node_rank=0", "--nproc_per_node=2", "--max_restarts=3"} <= set(given["command"])
+    assert given["env"]["SSLNB_PARENT"] == str(os.getpid())
+    assert given["env"].get("ACCELERATE_USE_CPU") == (None if torch.cuda.is_available() else "1")
     assert given["env"]["OMP_NUM_THREADS"] == "3" and given["env"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "600"
 
 

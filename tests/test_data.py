@@ -18,7 +18,7 @@ from sslnb import data, decoding, prepare, resolve
 from sslnb.data import Images, load
 from sslnb.decoding import BrokenImage
 from sslnb.errors import InputError
-from sslnb.reading import EpochSampler, ViewSet, draw_seed, next_batch
+from sslnb.reading import EpochSampler, ViewSet, draw_seed, in_order, next_batch
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +352,12 @@ def test_fraction_is_stratified_deterministic_and_nested(digits):
             load("digits", fraction=wrong)
 
 
+def test_a_subset_has_images_and_labels_in_the_order_asked(digits):
+    some = digits.subset([9, 2, 9])
+    assert some.labels.tolist() == [digits.labels[i] for i in (9, 2, 9)] == [9, 2, 9]
+    assert [image.tobytes() for image in some.items] == [digits.items[i].tobytes() for i in (9, 2, 9)]
+
+
 def test_fraction_by_file(tmp_path, digits):
     write_classes(tmp_path / "set" / "train", digits)
     everything = names(load(tmp_path / "set"))
@@ -484,6 +490,12 @@ def test_processes_share_what_one_process_with_the_whole_batch_sees(world):
     assert len({index for step in alone for index, _ in step}) == 48, "no image twice in an epoch"
 
 
+def test_processes_share_what_is_tested(digits):
+    ranks = [in_order(digits.subset(range(11)), views, 3, 0, rank, 2) for rank in range(2)]
+    assert [[index.tolist() for _, index, _, _ in rank] for rank in ranks] == [[[0, 2, 4], [6, 8, 10]],
+                                                                               [[1, 3, 5], [7, 9]]]
+
+
 def test_epochs_differ_and_a_resumed_epoch_is_the_tail():
     sampler = EpochSampler(50, 8)
     first = list(sampler)
@@ -503,6 +515,18 @@ def test_seeds_depend_on_seed_epoch_and_index_only():
     drawn = {draw_seed(s, e, i) for s in range(5) for e in range(5) for i in range(40)}
     assert len(drawn) == 1000 and all(0 <= seed < 2**62 for seed in drawn)
     assert draw_seed(0, 0, 0) == 1941451862642788776, "runs of earlier versions must stay resumable"
+
+
+def test_an_image_that_an_order_has_several_times_is_shown_in_other_views():
+    def steps(epoch=0, step=0, batch=8, **of):
+        sampler = EpochSampler(50, batch, seed=5, **of)
+        sampler.set_position(epoch, step, [7] * 50)
+        return list(sampler)
+
+    alone, ranks = steps(), [steps(batch=4, rank=rank, world=2) for rank in range(2)]
+    assert {index for step in alone for index, _ in step} == {7}
+    assert len({seed for part in (alone, steps(epoch=1)) for step in part for _, seed in step}) == 96
+    assert [a + b for a, b in zip(*ranks, strict=True)] == alone and steps(step=4) == alone[4:]
 
 
 def test_a_batch_larger_than_the_data_is_refused():

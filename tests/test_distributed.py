@@ -174,6 +174,17 @@ def test_two_processes_train_the_run_of_one(recipe, tmp_path, capfd):
     assert "step 8/8" in capfd.readouterr().out, "the caller sees the progress of the processes"
 
 
+def test_two_processes_that_accumulate_train_the_run_of_one(tmp_path):
+    """Each adds up the gradients of its parts before they are averaged: all of them, else the processes part."""
+    recipe = methods.recipes("byol")["demo"].with_(steps=2, batch=160, accum=2, optimizer="sgd", lr=1e-2,
+                                                   warmup_epochs=0)
+    alone = pretrain(recipe, out=tmp_path / "alone")
+    pair = pretrain(recipe.with_(gpus=2, batch=80), out=tmp_path / "pair", processes=2)
+    assert (pair.recipe.batch, pair.recipe.accum) == (80, 2)
+    curves = [[row["loss"] for row in run.history()] for run in (alone, pair)]
+    assert curves[0] == pytest.approx(curves[1], rel=3e-3) and apart(pair, alone) < 0.1
+
+
 def start(out, epochs=4, processes=2):
     """pretrain in a process of its own, small batches, a checkpoint about every 100 steps."""
     script = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below `pytest &`\n"

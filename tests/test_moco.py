@@ -12,7 +12,7 @@ from test_distributed import leave
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from sslnb import backbones, methods
+from sslnb import backbones, batchnorm, methods
 from sslnb.batchnorm import SplitBatchNorm, split_batchnorm, sync_batchnorm
 from sslnb.errors import InputError
 from sslnb.losses import info_nce, look_up
@@ -326,6 +326,38 @@ def test_norms_with_an_activation_keep_it(name, change):
     assert torch.allclose(copied(x), before, atol=1e-5)
     if change.__code__.co_names[0] == "split_batchnorm":
         assert torch.isfinite(changed.train()(x)).all()
+
+
+def test_a_norm_over_processes_has_the_numbers_of_the_one_it_stands_for():
+    plain = nn.BatchNorm1d(3, eps=0.25, momentum=0.5).requires_grad_(False)
+    with torch.no_grad():
+        plain.weight.uniform_(), plain.bias.uniform_()
+    x, ours = torch.randn(8, 3), sync_batchnorm(nn.Sequential(copy.deepcopy(plain)), cuda=False)
+    assert torch.allclose(ours(x), plain(x)) and torch.allclose(ours.eval()(x), plain.eval()(x))
+    assert not any(p.requires_grad for p in ours.parameters()), "a frozen target stays frozen"
+
+
+def test_a_norm_over_processes_learns_the_statistics_of_all_their_images(monkeypatch):
+    """Two processes with the same images are one with each of them twice."""
+    whole, ours = nn.BatchNorm2d(3, momentum=0.5), sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3, momentum=0.5)), False)
+    monkeypatch.setattr(batchnorm, "world", lambda: (0, 2))
+    monkeypatch.setattr(batchnorm, "sum_over_processes", lambda x: 2 * x)
+    x = 3 * torch.randn(2, 3, 1, 2) + 1
+    assert torch.allclose(ours(x), whole(torch.cat([x, x]))[:2], atol=1e-6)
+    for name, statistic in whole.named_buffers():
+        assert torch.allclose(ours[0].get_buffer(name), statistic), name
+
+
+def test_statistics_of_all_processes_are_averaged(monkeypatch):
+    mine, other = (nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3)) for _ in range(2))
+    for i, (a, b) in enumerate(zip(mine, other, strict=True)):
+        a.running_mean.fill_(i), a.running_var.fill_(i + 1.0), b.running_mean.fill_(i + 4.0), b.running_var.fill_(3.0)
+    there = torch.cat([s for norm in other for s in (norm.running_mean, norm.running_var)])
+    monkeypatch.setattr(batchnorm, "world", lambda: (0, 2))
+    monkeypatch.setattr(batchnorm, "sum_over_processes", lambda x: x + there)
+    batchnorm.average_statistics(mine)
+    assert [s.unique().tolist() for norm in mine for s in (norm.running_mean, norm.running_var)] == [
+        [2.0], [2.0], [3.0], [2.5]]
 
 
 @pytest.mark.parametrize("name", ["mocov1", "mocov2", "densecl", "npid"])

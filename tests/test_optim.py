@@ -62,6 +62,7 @@ def test_a_recipe_counts_in_epochs_and_may_hold_the_rate_within_one():
     held = recipe.with_(lr_by_epoch=True)
     assert [held.lr_at(s, 4) for s in (8, 9, 11)] == [recipe.lr_at(8, 4)] * 3
     assert held.lr_at(12, 4) == recipe.lr_at(12, 4)
+    assert recipe.with_(warmup_epochs=0.9).lr_at(2, 4) == pytest.approx(0.5), "3.6 steps are 4"
     steps = recipe.with_(schedule="step", milestones=(2,), gamma=0.4)
     assert steps.lr_at(7, 4) == 1.0 and steps.lr_at(8, 4) == pytest.approx(0.4)
 
@@ -119,9 +120,10 @@ def test_all_weights_at_once_take_the_same_steps(optimizer, numbers, monkeypatch
 def test_an_optimizer_has_all_numbers_of_its_recipe(tiny, name):
     from sslnb import optim
 
-    recipe = tiny(optimizer=name, lr=0.1, weight_decay=0.03, sgd_momentum=0.8, betas=(0.8, 0.95))
+    recipe = tiny(optimizer=name, lr=0.1, weight_decay=0.03, sgd_momentum=0.8, betas=(0.8, 0.95),
+                  nesterov=name == "sgd")
     (group,) = optim.build([{"params": [torch.nn.Parameter(torch.ones(3, 3))]}], recipe).param_groups
-    assert (group["lr"], group["weight_decay"]) == (0.1, 0.03)
+    assert (group["lr"], group["weight_decay"]) == (0.1, 0.03) and group.get("nesterov", False) == recipe.nesterov
     if name in ("adamw", "lamb"):
         assert tuple(group["betas"]) == (0.8, 0.95) and group.get("max_grad_norm") is None
     else:

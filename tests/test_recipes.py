@@ -244,7 +244,9 @@ def test_resolve_takes_what_the_data_and_the_epochs_ask_for(tmp_path):
     assert r.published == {"linear, SimSiam protocol": 72.93} and r.source_of("epochs") == "you"
     for i in range(1000):
         (tmp_path / "train" / f"n{i:08d}").mkdir(parents=True)
-    assert is_imagenet(tmp_path) and not is_imagenet(tmp_path / "elsewhere")
+    for i in range(100):
+        (tmp_path / "hundred" / f"n{i:08d}").mkdir(parents=True)
+    assert is_imagenet(tmp_path) and not is_imagenet(tmp_path / "elsewhere") and not is_imagenet(tmp_path / "hundred")
     assert resolve("byol", data=str(tmp_path), epochs=7).backbone == "resnet50"
     assert resolve("mae", mask_ratio=0.5).numbers["mask_ratio"] == 0.5
     assert resolve("byol", processes=2).batch * 2 == resolve("byol").batch
@@ -347,6 +349,7 @@ def test_a_recipe_in_steps_is_that_long_and_its_milestones_are_steps():
     assert r.total_steps(1034) == 24_000 and r.with_(steps=0).total_steps(1034) == 1034
     at = [r.lr_at(s, 1034) for s in (0, 50, 100, 17_999, 18_000, 22_000)]
     assert at == pytest.approx([2e-5, 0.02 * (0.001 + 0.999 / 2), 0.02, 0.02, 0.002, 0.0002])
+    assert r.with_(steps=50).warmup_steps == 5, "a short trial trains after the warm-up too"
     assert r.name.endswith("st24000") and "24,000 steps = 23.2 epochs" in r.describe(1034 * 16)
     with pytest.raises(InputError, match="epochs 3 does not shorten this recipe, which is 24,000 optimizer steps long"):
         r.with_(epochs=3)
@@ -355,13 +358,14 @@ def test_a_recipe_in_steps_is_that_long_and_its_milestones_are_steps():
 def test_what_is_held_out_is_not_trained_on():
     recipe = methods.recipes("simclr")["demo"].with_(hold_out=0.2)
     rest, held, test = (recipe.load(split) for split in ("train", "held out", "test"))
-    assert len(rest) + len(held) == 1300 and len(test) == 497
+    assert len(rest) + len(held) == 1300 and len(held) == pytest.approx(260, abs=5) and len(test) == 497
     assert torch.bincount(held.labels).min() >= 24, "of every class"
     everything = np.concatenate([rest.items, held.items])
     assert len(np.unique(everything.reshape(1300, -1), axis=0)) == len(np.unique(
         recipe.with_(hold_out=0.0).load().items.reshape(1300, -1), axis=0)) > 1290
     tenth = recipe.with_(fraction=0.1)
     assert len(tenth.load()) + len(tenth.load("held out")) == pytest.approx(130, abs=3)
+    assert len(tenth.load("test")) == 497, "one tests on everything"
     with pytest.raises(InputError, match="hold_out 1.5 is impossible"):
         recipe.with_(hold_out=1.5)
 

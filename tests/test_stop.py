@@ -16,7 +16,7 @@ import torch
 from test_train import train_until
 
 from sslnb import Run, data, figures, launch, prepare, pretrain, resolve
-from sslnb.errors import InputError
+from sslnb.errors import InputError, NonFinite
 from sslnb.run import environment
 from sslnb.stop import Stop
 from sslnb.train import Trainer, train
@@ -92,6 +92,31 @@ def test_what_a_notebook_keeps_of_an_interrupted_run_is_not_its_network(tiny, tm
 def test_without_git_a_run_is_no_checkout(monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert environment()["git"] == "not a checkout"
+
+
+def test_below_torchrun_only_what_would_come_again_is_a_failure(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    run.write_running()
+    launch.failed(run, InputError("lost"), 1)
+    assert run.status()["state"] == "running", "process 0 says how a run is"
+    monkeypatch.setenv("SSLNB_PARENT", str(os.getpid()))
+    for error, state in ((RuntimeError("a card fell off"), "running"), (InputError("no such images"), "failed"),
+                         (NonFinite("the loss"), "failed")):
+        launch.failed(run, error, 0)
+        assert (run.status()["state"], run.status()["final"]) == (state, state == "failed")
+    assert [row["process"] for row in run.history("error")] == [1, 0, 0, 0]
+
+
+def test_one_process_that_says_so_is_enough(monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for others in (0, 1):
+        monkeypatch.setattr(launch, "sum_over_processes", lambda flag, others=others: flag + others)
+        assert [launch.any_process(flag, torch.device("cpu")) for flag in (False, True)] == [others > 0, True]
+
+
+def test_a_full_disk_is_told_wherever_it_is_noticed(tmp_path):
+    told = launch.failed(Run(tmp_path), OSError(28, "No space left on device"), 1)
+    assert "cannot be written" in str(told) and "Free some space; the same command continues." in str(told)
 
 
 def test_a_full_shared_memory_is_told_with_the_remedy(tmp_path):

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from torch.utils.data import default_collate
 
-from sslnb import Run, methods, prepare, pretrain
+from sslnb import Run, launch, methods, nodes, optim, prepare, pretrain
 from sslnb.errors import InputError, NonFinite
+from sslnb.monitor import FiniteWatch, Meter, Monitor
 from sslnb.reading import EpochSampler, ViewSet, image_loader
 from sslnb.stop import Stop
 from sslnb.train import Trainer, train
@@ -81,7 +83,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(tiny, tmp_pa
 def test_a_finished_run_is_not_repeated(tiny, tmp_path, capsys):
     first = pretrain(tiny(epochs=1), out=tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in first.path.rglob("*.pt")}
-    again = pretrain(tiny(epochs=1), out=tmp_path / "run")
+    again = pretrain(tiny(epochs=1, note="Said otherwise."), out=tmp_path / "run")
     assert "finished already" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in again.path.rglob("*.pt")} and len(again.provenance()) == 1
 
@@ -126,9 +128,23 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tiny, tmp_path):
     run = prepare(tiny(), out=tmp_path / "run")
     run.save_checkpoint({"step": 1})
     run.write_status(best={"checkpoint": run.checkpoints()[0].name, "knn": 99.0})
+    (run.path / "checkpoints" / ".step_00000099.draft").write_bytes(b"half of it")  # as kill -9 leaves it
     for step in range(2, 9):
         run.save_checkpoint({"step": step})
     assert [int(p.name[5:13]) for p in run.checkpoints()] == [1, 6, 7, 8]
+    assert not list(run.path.rglob("*.draft"))
+
+
+def test_a_checkpoint_that_is_damaged_is_passed_over_and_told(tmp_path):
+    run, said = Run(tmp_path), []
+    for step in (1, 2):
+        newest = run.save_checkpoint({"step": step})
+    content = newest.read_bytes()
+    for damaged in (content[:-1], content[:40] + bytes([content[40] ^ 1]) + content[41:]):
+        newest.write_bytes(damaged)
+        assert run.latest(say=said.append)["step"] == 1 and said.pop().startswith(f"{newest.name} is damaged")
+    newest.write_bytes(content)
+    assert run.latest(say=said.append)["step"] == 2 and not said
 
 
 # ---------------------------------------------------------------- steps
@@ -136,6 +152,9 @@ def test_only_the_newest_checkpoints_and_the_best_are_kept(tiny, tmp_path):
 
 class Counting(methods.get("byol")):
     accumulable = True
+
+    def before_step(self, progress):
+        self.asked = [*getattr(self, "asked", []), progress]
 
     def after_step(self, progress):
         self.seen = [*getattr(self, "seen", []), progress]
@@ -147,7 +166,7 @@ def test_hooks_count_optimizer_steps_not_micro_batches(tiny, tmp_path, monkeypat
     trainer = Trainer(run)
     trainer.fit(Stop())
     trainer.close()
-    assert trainer.method.seen == pytest.approx([(i + 1) / 8 for i in range(8)])
+    assert trainer.method.seen == trainer.method.asked == pytest.approx([(i + 1) / 8 for i in range(8)])
 
 
 def test_accumulated_gradients_equal_the_big_batch(tmp_path):
@@ -170,11 +189,94 @@ def test_accumulated_gradients_equal_the_big_batch(tmp_path):
     assert moved > 1e-3 and all(torch.allclose(big[k], small[k], atol=1e-5 + 1e-3 * moved) for k in big)
 
 
+@pytest.mark.parametrize("method", ["byol", "mae", "deepcluster"])  # a target, masks, an order and clusters of its own
+def test_the_loop_is_this_one(tiny, tmp_path, method):
+    """In plain torch: rate, micro-batches, clipping, hooks and seeds. The run is stopped in the middle of an epoch."""
+    more = {"every": 1} if method == "deepcluster" else {"accum": 2}
+    recipe, seed = tiny(method, batch=16, optimizer="sgd", lr=0.3, warmup_epochs=1.0, clip=0.05, **more), 3
+    run = prepare(recipe, out=tmp_path / "run", seed=seed)
+    recipe = run.recipe
+    torch.manual_seed(seed)
+    ours = recipe.build().to(memory_format=torch.channels_last).train()
+    start = [p.detach().clone() for p in ours.parameters()]
+    optimizer, trained = optim.build(ours.param_groups(recipe), recipe), optim.trainable(ours)
+    torch.manual_seed(seed * 1009 + 1)
+    images, views, losses, step = recipe.load(), ours.views(recipe.size), [], 0
+    per_epoch = len(images) // recipe.total_batch
+    sampler, pictures = EpochSampler(len(images), recipe.batch, seed=seed), ViewSet(images, views)
+    ours.before_train(run)
+    for epoch in range(recipe.epochs):
+        ours.before_epoch(run, epoch)
+        sampler.set_position(epoch, 0, ours.order(seed, epoch))
+        batches = iter(sampler)
+        for _ in range(per_epoch):
+            optim.set_lr(optimizer, recipe.lr_at(step, per_epoch))
+            losses.append(0.0)
+            for _ in range(recipe.accum):
+                crops, index, seeds, _ = default_collate([pictures[key] for key in next(batches)])
+                shown = [x.contiguous(memory_format=torch.channels_last) for x in views.photometric(crops, seeds)]
+                loss = ours(shown, index)["loss"] / recipe.accum
+                loss.backward()
+                losses[-1] += float(loss.detach())
+            step += 1
+            ours.before_step(step / (recipe.epochs * per_epoch))
+            torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            ours.after_step(step / (recipe.epochs * per_epoch))
+    train_until(run, 3)
+    trainer = Trainer(run)
+    trainer.fit(Stop())
+    trainer.close()
+    assert [row["loss"] for row in run.history()] == pytest.approx(losses, rel=1e-4)
+    moved = torch.nn.utils.get_total_norm([a - b.detach() for a, b in zip(start, ours.parameters(), strict=True)])
+    off = torch.nn.utils.get_total_norm([
+        (a - b).detach() for a, b in zip(trainer.method.parameters(), ours.parameters(), strict=True)])
+    assert off < 1e-3 * moved
+
+
+def test_processes_begin_alike_and_then_draw_their_own(tiny, tmp_path, monkeypatch):
+    def begun(rank, seed):
+        run = prepare(tiny("mae"), out=tmp_path / f"{rank}{seed}", processes=2, seed=seed)
+        monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+        monkeypatch.setattr("accelerate.Accelerator.process_index", rank)
+        trainer = Trainer(run)
+        trainer.close()
+        return next(trainer.method.backbone.parameters()).detach(), torch.rand(9), next(iter(trainer.sampler))
+
+    (w, draws, batch), (w1, draws1, batch1), (w2, draws2, _) = begun(0, 0), begun(1, 0), begun(0, 1)
+    assert w.equal(w1) and not w.equal(w2), "the same weights in all processes, others of another seed"
+    assert not draws.equal(draws1) and not draws.equal(draws2)
+    assert [*batch, *batch1] == next(iter(EpochSampler(130, 32)))
+
+
+def test_a_run_is_trained_by_as_many_processes_as_it_was_prepared_for(tiny, tmp_path):
+    with pytest.raises(InputError, match="was prepared for 2 processes, but 1 were started; start 2, or prepare it"):
+        Trainer(prepare(tiny(), out=tmp_path / "run", processes=2))
+
+
+def test_a_run_leaves_the_settings_of_torch_as_they_were(tiny, tmp_path, monkeypatch):
+    def before_train(self, run):
+        torch.backends.cudnn.deterministic = True
+        assert torch.get_num_threads() == 1 and run.status()["state"] == "running"
+
+    monkeypatch.setattr("sslnb.methods.simclr.SimCLR.before_train", before_train)
+    monkeypatch.setattr("sslnb.launch.cores", lambda: 2)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(2)
+    try:
+        pretrain(tiny(epochs=1), out=tmp_path / "run")
+        assert torch.get_num_threads() == 2 and not torch.backends.cudnn.deterministic
+    finally:
+        torch.set_num_threads(1)
+        torch.backends.cudnn.deterministic = False
+
+
 def test_a_run_leaves_what_evaluation_needs(tiny, tmp_path):
     run = pretrain(tiny(), out=tmp_path / "run")
     assert Run.open(tmp_path / "run").status()["state"] == "done"
     trained, plain = run.method().backbone.state_dict(), run.backbone().state_dict()
-    assert equal(dict(trained), dict(plain))
+    assert equal(dict(trained), dict(plain)) and not run.method().training and not run.backbone().training
     assert [row["step"] for row in run.history()][-1] == run.status()["total"]
     assert {"loss", "lr", "images_per_s", "data_wait", "seconds"} <= run.history()[-1].keys()
     assert {"feature_std", "effective_rank", "alignment", "uniformity", "knn"} <= run.history("monitor")[-1].keys()
@@ -209,9 +311,12 @@ def test_snapshots_show_the_same_images_and_masks(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["bf16"])
-def test_bf16_trains(tiny, tmp_path, precision):
+def test_bf16_trains(tiny, tmp_path, monkeypatch, precision):
+    forward, half = methods.get("simclr").forward, []
+    monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", lambda *args: (
+        half.append(torch.is_autocast_enabled("cpu")), forward(*args))[1])
     run = pretrain(tiny(epochs=1), out=tmp_path / "run", precision=precision)
-    assert run.recipe.precision == "bf16" and run.status()["state"] == "done"
+    assert run.recipe.precision == "bf16" and run.status()["state"] == "done" and half[-4:] == [True] * 4
 
 
 @pytest.mark.parametrize("cpu, precision", [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"),
@@ -274,6 +379,13 @@ def test_a_loss_that_is_not_finite_stops_with_step_term_and_batch(tiny, tmp_path
     assert not run.checkpoints(), "bad weights are not kept"
 
 
+def test_of_several_bad_steps_the_first_is_told():
+    watch = FiniteWatch(None)
+    for step, loss, norm in ((3, 1.0, 1.0), (4, float("nan"), float("nan")), (5, float("inf"), 1.0), (6, 1.0, 1.0)):
+        watch.note({"loss": torch.tensor(loss), "grad_norm": torch.tensor(norm)}, step)
+        assert watch.first_bad() == ((4, ["loss"]) if step > 3 else (-1, []))
+
+
 def test_bad_weights_are_never_saved_however_seldom_one_looks(tiny, tmp_path, monkeypatch):
     forward = methods.get("simclr").forward
     monkeypatch.setattr("sslnb.methods.simclr.SimCLR.forward", lambda self, views, index=None: {
@@ -333,10 +445,16 @@ def in_fp16(run, monkeypatch, scale):
 
 def test_a_step_that_fp16_skips_is_no_fault(tiny, tmp_path, monkeypatch):
     spoil(monkeypatch, [3], float("inf"))
+    updates = []
+    monkeypatch.setattr("sslnb.methods.simclr.SimCLR.after_step", lambda self, progress: updates.append(8 * progress))
     trainer = in_fp16(prepare(tiny(), out=tmp_path / "run"), monkeypatch, scale=2.0)
     trainer.fit(Stop())
-    trainer.close()
     assert trainer.run.status()["state"] == "done" and trainer.run.status()["skipped_steps"] == 1
+    assert updates == [1, 2, 4, 5, 6, 7, 8], "no moving average of weights that have not moved"
+    trainer.accelerator.scaler, trainer.skipped = torch.amp.GradScaler("cpu"), 0
+    trainer._resume()
+    trainer.close()
+    assert trainer.accelerator.scaler.get_scale() == 1.0 and trainer.skipped == 1
 
 
 def test_a_run_that_fp16_would_skip_for_ever_ends(tiny, tmp_path, monkeypatch):
@@ -383,17 +501,26 @@ def test_the_best_checkpoint_is_one_that_is_there(tiny, tmp_path):
     monitor.last = {"step": 3, "knn": 50.0}
     run.write_status(**monitor.best(path, 3))
     assert run.status()["best"] == {"checkpoint": path.name, "knn": 50.0, "step": 3}
-    monitor.last = {"step": 4, "knn": 50.0}
-    assert monitor.best(run.save_checkpoint({"step": 4}), 4) == {}, "not better"
+    path = run.save_checkpoint({"step": 4})
+    for knn, best in ((40.0, {}), (50.0, {}), (60.0, {"best": {"checkpoint": path.name, "knn": 60.0, "step": 4}})):
+        monitor.last = {"step": 4, "knn": knn}
+        assert monitor.best(path, 4) == best
 
 
-def test_a_checkpoint_has_the_broken_images_of_all_processes(tiny, tmp_path, monkeypatch):
+def test_a_checkpoint_has_the_broken_images_and_the_random_states_of_all_processes(tiny, tmp_path, monkeypatch):
     trainer = Trainer(prepare(tiny(), out=tmp_path / "run"))
     trainer.broken = {5}
+    torch.manual_seed(7)
+    theirs = launch.random_state(False)
+    torch.manual_seed(6)
     with monkeypatch.context() as patch:
-        patch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, (*mine[0][:-1], {7, 2})])
+        patch.setattr("accelerate.utils.gather_object", lambda mine: [*mine, (theirs, {7, 2})])
         trainer.step = 1
         trainer.save(time.monotonic())
+    for process in range(2):
+        monkeypatch.setattr("accelerate.Accelerator.process_index", process)
+        trainer._resume()
+        assert torch.rand(3).equal(torch.rand(3, generator=torch.Generator().manual_seed(6 + process)))
     trainer.close()
     assert trainer.run.latest()["broken"] == [2, 5, 7]
 
@@ -481,6 +608,15 @@ def test_other_images_than_a_run_began_with_are_refused(tmp_path):
         pretrain(recipe, out=tmp_path / "run", seed=1)
 
 
+def test_images_with_other_labels_are_other_images():
+    from sslnb import data
+
+    images, named = data.load("few_digits"), data.load("few_digits")
+    assert nodes.contents(images) == nodes.contents(named)
+    named.labels[7] = 9 - named.labels[7]
+    assert nodes.contents(images) != nodes.contents(named)
+
+
 def test_a_run_that_does_not_know_its_images_continues(tmp_path):
     """It was begun before that was written down."""
     pictures = folder_of(40, tmp_path / "pictures")
@@ -492,7 +628,9 @@ def test_a_run_that_does_not_know_its_images_continues(tmp_path):
     (run.path / "provenance.json").write_text(json.dumps(starts))
     shutil.copy(pictures / "07.png", pictures / "08a.png")
     assert pretrain(recipe, out=tmp_path / "run").status()["state"] == "done"
-    assert run.provenance()[-1]["data"]["images"] == 41
+    assert run.provenance()[-1]["data"]["images"] == 41 and not nodes.images_changed(run)
+    shutil.copy(pictures / "07.png", pictures / "08b.png")
+    assert nodes.images_changed(run)
 
 
 def test_a_broken_image_whose_name_is_no_text_is_named_with_its_bytes(tmp_path, capsys):
@@ -612,6 +750,9 @@ def test_settings_are_plain_json(tiny, tmp_path):
     run = prepare(tiny(), out=tmp_path / "run")
     assert json.loads((run.path / "recipe.json").read_text())["recipe"]["method"] == "simclr"
     assert run.recipe == tiny()
+    memory = prepare(tiny("npid", images=7, published={"linear": 56.6}), out=tmp_path / "memory").recipe
+    assert memory.numbers["images"] == 130, "a memory of every image has as many places as there are images"
+    assert memory.published == {"linear": 56.6}, "which is what the recipe means"
 
 
 def test_a_run_counted_in_steps_ends_within_an_epoch_and_resumes_exactly(tiny, tmp_path):
@@ -623,8 +764,10 @@ def test_a_run_counted_in_steps_ends_within_an_epoch_and_resumes_exactly(tiny, t
     assert whole.status()["step"] == whole.status()["total"] == 6
     parts = prepare(recipe, out=tmp_path / "parts")
     train_until(parts, 5)
+    parts.append("step", step=6, loss=0.0)  # after its checkpoint, as kill -9 leaves it
     pretrain(recipe, out=tmp_path / "parts")
     assert equal(weights(whole), weights(parts))
+    assert [row["loss"] for row in parts.history()] == [row["loss"] for row in whole.history()]
 
 
 @pytest.mark.parametrize("seconds, steps", [(1.0, 20), (8.0, 2), (400.0, 1)])
@@ -649,6 +792,35 @@ def test_the_monitor_measures_with_the_recipes_pool_and_leaves_each_image_out(ti
     f, row = extract(run.backbone(), run.recipe.load(), size=20, pool="mean"), run.history("monitor")[-1]
     assert row["knn"] == weighted_knn(f.x, f.labels, f.x, f.labels, k=20, exclude_self=True).top1
     assert row["effective_rank"] == pytest.approx(panel(f.x)["effective_rank"], rel=1e-4)
+    assert row["alignment"] > 0, "of two views, not of one with itself"
+
+
+def test_the_monitor_looks_about_a_dozen_times_and_after_the_last_epoch_at_all_classes(tiny):
+    recipe = tiny(epochs=40, data="digits_scattered")
+    images = recipe.load()
+    monitor = Monitor(None, images.subset(images.labels.argsort()), None, recipe)  # as a folder of classes is sorted
+    assert [e for e in range(-1, 40) if monitor.due(e)] == [-1, 3, 7, 11, 15, 19, 23, 27, 31, 35, 39]
+    assert len(monitor.bank) == 1000 and monitor.bank.labels.unique().tolist() == list(range(10))
+    assert Monitor(None, images, None, recipe.with_(epochs=41)).due(40)
+
+
+def test_the_log_counts_images_waiting_and_time_from_one_row_to_the_next(monkeypatch, capsys):
+    now, rows = [100.0], []
+    monkeypatch.setattr("sslnb.monitor.time.monotonic", lambda: now[0])
+    run = SimpleNamespace(append=lambda kind, **row: rows.append(row), write_status=lambda **values: None)
+    accelerator = SimpleNamespace(reduce=lambda value, reduction: value, log=lambda values, step: None)
+    trainer = SimpleNamespace(run=run, accelerator=accelerator, recipe=SimpleNamespace(batch=32, total_batch=64),
+                              main=True, device="cpu", step=50, total=80, per_epoch=10, skipped=0)
+    meter = Meter(trainer)
+    for seconds, waiting in ((20, 4), (10, 5)):
+        with meter.waiting():
+            now[0] += waiting
+        now[0] += seconds - waiting
+        trainer.step += 10
+        meter.log({"loss": torch.tensor(1.0), "lr": torch.tensor(0.1)}, start=90.0)
+    assert [(r["images_per_s"], r["data_wait"], r["seconds"], r["epoch"]) for r in rows] == [
+        (32.0, 0.2, 30.0, 6.0), (64.0, 0.5, 40.0, 7.0)]
+    assert "waiting for data 50%  0:15 left" in capsys.readouterr().out, "of 20 steps in 30 s another ten"
 
 
 def test_the_first_look_is_at_statistics_of_the_data(tiny, tmp_path):
