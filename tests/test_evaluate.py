@@ -432,10 +432,12 @@ def test_probe_holds_out_a_fifth_of_each_class():
     fit, held = _stratified(labels, 0)
     assert labels[held].bincount(minlength=4).tolist() == [10, 2, 1, 0]
     assert sorted(torch.cat([fit, held]).tolist()) == list(range(63))
+    assert not torch.equal(_stratified(labels, 1)[1], held), "another seed, other rows"
 
 
 def test_probe_flags_an_edge(clouds):
     assert linear_probe(*clouds, lrs=[1e-9, 1e-8, 1e-1], epochs=10).at_edge
+    assert linear_probe(*clouds, lrs=[3e-2, 1e38, 2e38], epochs=10).at_edge
     assert not linear_probe(*clouds, lrs=[1e-9, 3e-2, 1e38], epochs=10).at_edge
 
 
@@ -447,6 +449,16 @@ def test_probe_ignores_scale_and_dead_dimensions(clouds):
     dead = linear_probe(torch.cat([train, torch.full((200, 1), 0.1)], 1), train_labels,
                         torch.cat([test, torch.full((70, 1), 0.1)], 1), test_labels, epochs=10)
     assert abs(dead.top1 - plain.top1) < 10 and dead.weight.isfinite().all()
+    small = linear_probe(1e-4 * train, train_labels, 1e-4 * test, test_labels, epochs=10)
+    assert small.lr == plain.lr and torch.allclose(small.weight, plain.weight, atol=1e-3)
+    hint = torch.cat([train, 1e-8 * train_labels[:, None]], 1)  # rounding errors, as they are behind a dead ReLU
+    assert linear_probe(hint, train_labels, hint, train_labels, epochs=10).weight[-1].abs().max() < 0.06
+
+
+def test_probe_takes_the_middle_one_of_rates_that_are_equally_good():
+    x, y = torch.eye(2).repeat(20, 1), torch.tensor([0, 1]).repeat(20)
+    probe = linear_probe(x, y, x, y, lrs=[0.1, 0.03, 0.3, 1.0, 0.01], epochs=5)
+    assert set(probe.validation.values()) == {100.0} and probe.lr == 0.1
 
 
 def test_probe_takes_no_longer_where_classes_are_far_apart(request):
