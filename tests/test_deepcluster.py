@@ -16,9 +16,10 @@ from test_distributed import leave
 
 from sslnb import backbones, data, methods, optim
 from sslnb.errors import InputError
+from sslnb.evaluate.pixels import to_batch
 from sslnb.methods import deepcluster
 from sslnb.methods.deepcluster import DeepCluster
-from sslnb.views import RandomRotation
+from sslnb.views import IMAGENET_MEAN, IMAGENET_STD, RandomRotation
 
 DEMO = methods.recipes("deepcluster")["demo"]
 ZOO = methods.recipes("deepcluster")["r50_sobel_8xb64_step_ep200"]
@@ -111,6 +112,16 @@ def test_alike_images_share_a_cluster(few):
     images.items = np.concatenate([images.items[:6]] * 10)  # ten copies of six digits
     method.before_epoch(run, 0)
     assert torch.equal(method.labels.view(10, 6), method.labels[:6].expand(10, 6))
+
+
+def test_what_is_clustered_is_what_the_head_reads(few, monkeypatch):
+    recipe = few[1].recipe.with_(backbone="vit_mini", backbone_numbers={}, pool="mean")  # which is evaluation's
+    method, seen = recipe.build(), []
+    monkeypatch.setattr(deepcluster, "whiten", lambda x, *_, **__: seen.append(x) or x)
+    method.cluster(recipe, 0)
+    method.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    method.eval()([to_batch(data.load("digits_scattered"), range(60), 20, IMAGENET_MEAN, IMAGENET_STD)[0]])
+    assert torch.allclose(*seen, atol=1e-5)
 
 
 def test_a_resumed_epoch_keeps_clusters_and_head(few):

@@ -221,6 +221,12 @@ def test_calibrated_averages_whole_batches(pictures):
     assert calibrated(Net(), pictures, size=12, batch=500).layers[1].num_batches_tracked == 1
 
 
+def test_calibrated_reaches_every_batch_norm(pictures):
+    twin = calibrated(backbones.build("resnet_mini", 20), pictures, size=20)
+    norms = [m for m in twin.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) > 5 and all(norm.num_batches_tracked == 1 for norm in norms)
+
+
 def test_calibrated_uses_the_seed(pictures):
     net = Net()
     a, b, c = (calibrated(net, pictures, size=12, batch=20, batches=1, seed=s).layers[1].running_mean

@@ -209,6 +209,7 @@ def test_the_rows_of_the_zoo(name, key, optimizer, lr, decay, warmup, numbers):
     with torch.device("meta"):
         method = r.build()
     assert {number: getattr(method, number) for number in numbers} == numbers
+    assert {number: method_numbers(name)[number] for number in numbers} == numbers, "they are the defaults too"
     if name == "mae":
         assert {block.attn.num_heads for block in method.decoder.blocks} == {16}
 

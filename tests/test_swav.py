@@ -140,6 +140,12 @@ def test_no_gradient_flows_through_the_codes():
 # ---------------------------------------------------------------- crops
 
 
+def test_codes_are_those_of_the_two_large_crops():
+    method, views = small().eval(), crops()
+    large = method.embed(views)[:, :2]
+    assert torch.equal(method(views)["codes"], sinkhorn(method.scores(large), 0.05, 3))
+
+
 def test_crops_of_one_size_share_a_forward_and_keep_their_order():
     method, views = small(), crops()
     z = method.embed(views)
