@@ -919,6 +919,17 @@ def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes)
     assert torch.equal(again, predictions)
 
 
+def test_tuning_thaws_what_was_frozen_decays_it_and_lets_batch_norm_learn(stripes):
+    backbone = backbones.build("resnet_mini", 16).requires_grad_(False)
+    subject = Subject("mini", backbone, 16)
+    pixels, labels = few_labels._pixels(subject, stripes(6), list(range(6)))
+    # In the first step the classifier is zero, and so are all gradients below it: what moves is decay alone.
+    tuned = few_labels._fit(subject, pixels, labels, lr=1e-3, seed=0, steps=1, tell=lambda step: None).backbone
+    for before, after in zip(backbone.parameters(), tuned.parameters(), strict=True):
+        assert torch.allclose(after, before * (1 - 1e-3 * 0.05), rtol=1e-6, atol=0)
+    assert not torch.equal(tuned.bn1.running_mean, backbone.bn1.running_mean)
+
+
 def test_the_rate_that_learns_is_the_one_that_is_taken(stripes, monkeypatch):
     monkeypatch.setattr(few_labels, "LRS", (1e-7, 1e-3))
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)

@@ -99,6 +99,9 @@ def test_codes_stay_in_full_precision_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = method.codes(z)
     assert inside.dtype == torch.float32 and torch.equal(inside, method.codes(z))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        length = method.embed(crops()).norm(dim=-1)
+    assert torch.allclose(length, torch.ones(4, 4), atol=1e-5)
 
 
 # ---------------------------------------------------------------- the loss
