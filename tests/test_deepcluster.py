@@ -143,14 +143,14 @@ def test_a_resumed_epoch_keeps_clusters_and_head(few):
 
 def test_clusters_may_last_several_epochs(few, monkeypatch):
     method, run = few
-    method.every = 3
+    method.every, method.iterations = 3, 7
     seen = []
     monkeypatch.setattr(deepcluster, "kmeans", lambda x, k, iterations, seed, shared: (
-        seen.append(seed), torch.arange(len(x)) % k))
+        seen.append((seed, iterations)), torch.arange(len(x)) % k))
     for epoch in range(7):
         method.before_epoch(run, epoch)
         assert method.clustered == epoch - epoch % 3
-    assert len(seen) == len(set(seen)) == 3
+    assert len(seen) == len(set(seen)) == 3 and {iterations for _, iterations in seen} == {7}
 
 
 def test_an_epoch_shows_every_cluster_equally_often(few):
