@@ -484,6 +484,15 @@ def test_the_average_follows_the_weights_by_its_formula():
     assert mini().average is None
 
 
+def test_the_average_counts_the_steps_that_were_taken_before_its_own(monkeypatch):
+    method, asked = mini(ema=0.9), []
+    monkeypatch.setattr(method, "momentum", lambda step: asked.append(step) or 0.9)
+    method.total = 7
+    for step in range(7):
+        method.after_step((step + 1) / 7)  # as the loop tells it
+    assert asked == list(range(7))
+
+
 # ---------------------------------------------------------------- how it begins
 
 

@@ -130,6 +130,7 @@ def test_the_row_says_what_was_changed_and_is_written_beside_both_runs(source, p
     assert row["protocol"] == "linear_barlowtwins, with epochs 3", "the total batch is the protocol's"
     other = SimpleNamespace(recipe=run.recipe.with_(accum=1))
     assert named("linear_barlowtwins", {"epochs": 3, "batch": 8}, other) == f"{row['protocol']}, batch 8"
+    assert named("linear_barlowtwins", {"weight_decay": 0.0}) == "linear_barlowtwins, with weight_decay 0.0"
     for folder in (run.path, source.path):
         assert json.loads((folder / "results.jsonl").read_text().splitlines()[-1]) == row
     assert [r["epoch"] for r in run.history("test")] == [1, 2, 3]
