@@ -1166,6 +1166,14 @@ def test_few_labels_get_the_callers_seed(monkeypatch):
     assert set(seeds) == {5}
 
 
+def test_the_linear_probe_gets_the_callers_seed(monkeypatch):
+    seeds, images = [], data.load("digits").subset(range(300))
+    monkeypatch.setattr("sslnb.evaluate.linear_probe", lambda *args, seed, **kwargs: seeds.append(seed) or linear_probe(
+        *args, **{**kwargs, "lrs": [0.1], "epochs": 1}))
+    evaluate("resnet_mini", (images, images.subset(range(9))), ["linear"], size=8, seed=5)
+    assert len(seeds) == 3 and set(seeds) == {5}
+
+
 def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sslnb.notebook.PATIENCE", 0.0)
     digits = data.load("digits_scattered").subset(range(300)), data.load("digits_scattered", "test").subset(range(50))

@@ -411,6 +411,13 @@ def test_erasing_puts_noise_into_one_rectangle_of_a_quarter_of_the_images():
     assert abs(noise.mean()) < 0.01 and noise.std().item() == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_rectangle_as_high_as_the_image_is_drawn_again():
+    tries = torch.zeros(1, 10, 4)
+    tries[0, :, :2] = torch.tensor([[1 / 3, math.log(3)], *[[1 / 36, 0.0]] * 9])  # 24 x 8, and then 4 x 4
+    x = torch.zeros(1, 3, 24, 24)
+    assert (RandomErasing().apply(x, torch.tensor([True]), tries, torch.tensor([7])) != 0).sum() == 3 * 4 * 4
+
+
 def test_erasing_an_image_does_not_depend_on_its_batch():
     op, x = RandomErasing(0.5), torch.rand(16, 3, 24, 24)
     seeds = torch.arange(16) * 31
