@@ -214,10 +214,12 @@ def test_an_unreadable_image_leaves_the_others_their_places(tmp_path):
 def test_a_resumed_run_keeps_the_clusters_it_has(begun):
     method, run = begun
     method.labels.fill_(7)
+    method.steps = 13
     twin = run.recipe.build()
     twin.load_state_dict(method.state_dict())
     twin.before_train(run)
     assert (twin.labels == 7).all() and twin.clustered
+    assert twin.steps == 13, "of which every tenth moves the centroids"
 
 
 # ---------------------------------------------------------------- order and optimizer
