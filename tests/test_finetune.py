@@ -458,6 +458,15 @@ def _shuffle(order, batch, world):
     return list(dict.fromkeys(dealt + np.asarray(order[whole:]).tolist()))
 
 
+def test_repeated_views_are_dealt_to_as_many_processes_as_there_are(monkeypatch):
+    method, asked = mini(repeats=3), []
+    method.labels, method.batch = torch.zeros(60), 4
+    monkeypatch.setattr("sslnb.evaluate.finetune.world", lambda: (1, 5))
+    monkeypatch.setattr("sslnb.evaluate.finetune.repeated_order", lambda *args: asked.append(args))
+    method.order(7, 2)
+    assert asked == [(60, 3, 4, 5, 7, 2)]
+
+
 def test_repeated_views_differ_between_epochs_and_seeds_and_continue_within_an_epoch():
     orders = [repeated_order(60, 3, 4, 2, seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert orders[0] == orders[3] and orders[0] != orders[1] and orders[0] != orders[2]

@@ -18,6 +18,7 @@ from sslnb.evaluate.linear import LINEAR
 from sslnb.evaluate.protocol import find, fitted_to, named, train_protocol
 from sslnb.evaluate.sources import open_source
 from sslnb.evaluate.supervised import Supervised, labels_of
+from sslnb.views import CenterCrop, HorizontalFlip, RandomResizedCrop, Resize
 
 PROBE = LINEAR["linear_barlowtwins"]
 
@@ -41,6 +42,17 @@ def test_the_linear_protocols_are_those_of_the_spec(name, total, lr, decay, opti
     r = LINEAR[name]
     assert (r.total_batch, r.lr, r.weight_decay, r.optimizer, r.epochs) == (total, lr, decay, optimizer, epochs)
     assert r.size == 224 and r.sgd_momentum == 0.9 and r.warmup_epochs == 0
+    with torch.device("meta"):
+        method = r.build()
+    (view,) = method.views(224).views
+    assert view.image_ops == (RandomResizedCrop(224, (0.08, 1.0), interpolation="bilinear"), HorizontalFlip(0.5))
+    (view,) = method.test_view(224).views
+    assert view.image_ops == (Resize(256, "bilinear"), CenterCrop(224))
+
+
+def test_a_classifier_starts_small():
+    head = Supervised(methods.recipes("simclr")["demo"].build().backbone, classes=100).head
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.1) and head.bias.abs().max() == 0
 
 
 def test_a_batch_of_ones_own_keeps_the_total_of_a_protocol_unless_accum_says_more(source):

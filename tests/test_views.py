@@ -366,3 +366,11 @@ def test_a_blur_reaches_a_twentieth_of_the_image_either_way():
 def test_jitter_of_more_than_one_never_turns_a_picture_negative():
     factors, _ = V.ColorJitter(1.5, 1.5, 1.5, 0.0, p=1.0).sample(Draws(torch.arange(500)))
     assert factors[:, :3].min() >= 0 and factors[:, :3].max() > 2.3 and factors[:, :3].min() < 0.05
+
+
+def test_crops_lie_everywhere_in_the_image():
+    crop, rng = V.RandomResizedCrop(8, (0.25, 0.25), (1.0, 1.0)), random.Random(0)
+    left, top, right, bottom = np.array([crop.box(60, 40, rng) for _ in range(1000)]).T
+    for start, end, room in ((left, right, 60), (top, bottom, 40)):
+        free = room - (end - start)[0]
+        assert start.min() == 0 and end.max() == room and abs(start.mean() - free / 2) < 0.03 * room
