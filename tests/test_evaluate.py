@@ -930,6 +930,21 @@ def test_tuning_thaws_what_was_frozen_decays_it_and_lets_batch_norm_learn(stripe
     assert not torch.equal(tuned.bn1.running_mean, backbone.bn1.running_mean)
 
 
+def test_the_rate_of_tuning_warms_up_for_a_tenth_and_falls_as_a_cosine(stripes, monkeypatch):
+    rates = []
+
+    class Recorded(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
+    few_labels._fit(subject, *few_labels._pixels(subject, stripes(6), list(range(6))), 1e-3, 0, 20, lambda step: None)
+    assert rates == pytest.approx([1e-3 * min(1, (s + 1) / 2) * (1 + math.cos(math.pi * s / 20)) / 2
+                                   for s in range(20)])
+
+
 def test_the_rate_that_learns_is_the_one_that_is_taken(stripes, monkeypatch):
     monkeypatch.setattr(few_labels, "LRS", (1e-7, 1e-3))
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
