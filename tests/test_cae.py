@@ -13,7 +13,7 @@ from sslnb.errors import InputError
 from sslnb.evaluate.reconstruction import masked_error, masked_psnr
 from sslnb.masking import upsample_mask, visible_first
 from sslnb.methods.cae import CAE, RECIPES
-from sslnb.methods.cae_neck import CrossBlock, Regressor
+from sslnb.methods.cae_neck import CrossBlock, Decoder, Regressor
 from sslnb.views import Normalize, RandomResizedCrop
 
 ZOO = "vit_base_sz224_8xb64_accu4_cos_fp16_ep300"
@@ -86,7 +86,7 @@ def test_exactly_75_or_98_of_196_patches_are_hidden(ratio, removed):
         method = RECIPES[ZOO].with_(mask_ratio=ratio).build()
     mask = method.draw_mask(20, torch.Generator().manual_seed(0))
     assert mask.sum(1).tolist() == [removed] * 20 and mask.shape == (20, 196)
-    assert method.mask_ratio == CAE.__init__.__kwdefaults__["mask_ratio"] or ratio == 0.5
+    assert (method.mask_ratio == CAE.__init__.__kwdefaults__["mask_ratio"] or ratio == 0.5) and method.least == 16
 
 
 def test_the_mask_is_of_blocks(method):
@@ -119,7 +119,13 @@ def test_the_demos_second_view_has_a_cell_of_four_pixels_for_a_patch(method, vie
     assert torch.allclose(views[1], tokenizers.second_view(views[0], 28), atol=0.06)  # bicubic and Lanczos
 
 
-# The regressor
+# The regressor and the decoder
+
+def test_the_decoder_is_told_where_each_latent_belongs():
+    decoder, latents, places = Decoder(8, 2, 1, 0.0, 5).eval(), torch.randn(1, 3, 8), torch.randn(1, 3, 8)
+    assert torch.equal(decoder(latents, places), decoder(latents + places, torch.zeros(1, 3, 8)))
+    assert not torch.allclose(decoder(latents, places), decoder(latents, places.flip(1)))
+
 
 def test_a_regressor_block_by_hand():
     torch.manual_seed(1)

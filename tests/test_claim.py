@@ -66,6 +66,14 @@ def test_whoever_trains_has_the_lock(tiny, tmp_path):
     assert not run.history()
 
 
+def test_a_run_that_has_no_state_yet_is_just_beginning_and_not_waited_for(tiny, tmp_path, monkeypatch):
+    run = prepare(tiny(), out=tmp_path / "run")
+    assert "state" not in run.status()
+    monkeypatch.setattr("sslnb.checks.time.sleep", lambda seconds: pytest.fail("it waited"))
+    with run.lock(), pytest.raises(InputError, match="is being trained by another process"):
+        prepare(tiny(), out=tmp_path / "run")
+
+
 def test_they_are_not_waited_for_for_ever(tiny, tmp_path, monkeypatch):
     run = prepare(tiny(), out=tmp_path / "run")
     run.write_status(state="interrupted")

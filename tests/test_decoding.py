@@ -68,6 +68,9 @@ def test_deep_images_are_scaled_to_8_bits(tmp_path, photo):
     stretched = pixels(saved(tmp_path, reals, "c.tif"))[..., 0]
     assert stretched.min() == 0 and stretched.max() == 255
     assert np.abs(stretched - (grey - grey.min()) * 255 / (grey.max() - grey.min())).max() <= 0.51
+    hole = np.where(np.arange(24) < 3, np.nan, grey / 100 + 1).astype(np.float32)  # a sensor's missing columns are 0
+    seen = pixels(saved(tmp_path, Image.fromarray(hole), "d.tif"))[..., 0]
+    assert (seen[:, :3] == 0).all() and seen[:, 3:].max() == 255 and seen[:, 3:].min() > 0
 
 
 @pytest.mark.parametrize("turn,expected", [(1, lambda x: x), (3, lambda x: np.rot90(x, 2)),

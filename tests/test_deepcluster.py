@@ -16,9 +16,10 @@ from test_distributed import leave
 
 from sslnb import backbones, data, methods, optim
 from sslnb.errors import InputError
+from sslnb.evaluate.pixels import to_batch
 from sslnb.methods import deepcluster
 from sslnb.methods.deepcluster import DeepCluster
-from sslnb.views import RandomRotation
+from sslnb.views import IMAGENET_MEAN, IMAGENET_STD, RandomRotation
 
 DEMO = methods.recipes("deepcluster")["demo"]
 ZOO = methods.recipes("deepcluster")["r50_sobel_8xb64_step_ep200"]
@@ -113,6 +114,16 @@ def test_alike_images_share_a_cluster(few):
     assert torch.equal(method.labels.view(10, 6), method.labels[:6].expand(10, 6))
 
 
+def test_what_is_clustered_is_what_the_head_reads(few, monkeypatch):
+    recipe = few[1].recipe.with_(backbone="vit_mini", backbone_numbers={}, pool="mean")  # which is evaluation's
+    method, seen = recipe.build(), []
+    monkeypatch.setattr(deepcluster, "whiten", lambda x, *_, **__: seen.append(x) or x)
+    method.cluster(recipe, 0)
+    method.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    method.eval()([to_batch(data.load("digits_scattered"), range(60), 20, IMAGENET_MEAN, IMAGENET_STD)[0]])
+    assert torch.allclose(*seen, atol=1e-5)
+
+
 def test_a_resumed_epoch_keeps_clusters_and_head(few):
     method, run = few
     method.before_epoch(run, 0)
@@ -132,14 +143,14 @@ def test_a_resumed_epoch_keeps_clusters_and_head(few):
 
 def test_clusters_may_last_several_epochs(few, monkeypatch):
     method, run = few
-    method.every = 3
+    method.every, method.iterations = 3, 7
     seen = []
     monkeypatch.setattr(deepcluster, "kmeans", lambda x, k, iterations, seed, shared: (
-        seen.append(seed), torch.arange(len(x)) % k))
+        seen.append((seed, iterations)), torch.arange(len(x)) % k))
     for epoch in range(7):
         method.before_epoch(run, epoch)
         assert method.clustered == epoch - epoch % 3
-    assert len(seen) == len(set(seen)) == 3
+    assert len(seen) == len(set(seen)) == 3 and {iterations for _, iterations in seen} == {7}
 
 
 def test_an_epoch_shows_every_cluster_equally_often(few):

@@ -231,3 +231,10 @@ def test_what_cannot_run_is_told_as_by_pretrain_before_any_step(tiny, monkeypatc
         with pytest.raises(InputError, match="8 x 32 x 1 = 256 images per step, but there are only 130"):
             preflight(tiny(gpus=8))
     assert preflight("simclr", steps=1).steps_per_epoch == resolve("simclr").steps_per_epoch(1300)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    asked, trainer = [], SimpleNamespace(per_epoch=3, loader=[0, 1, 2])
+    trainer._seek = asked.append
+    batches = estimate._batches(trainer, hooks=False)
+    assert [next(batches) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0] and asked == [0, 3, 6]

@@ -221,6 +221,12 @@ def test_calibrated_averages_whole_batches(pictures):
     assert calibrated(Net(), pictures, size=12, batch=500).layers[1].num_batches_tracked == 1
 
 
+def test_calibrated_reaches_every_batch_norm(pictures):
+    twin = calibrated(backbones.build("resnet_mini", 20), pictures, size=20)
+    norms = [m for m in twin.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) > 5 and all(norm.num_batches_tracked == 1 for norm in norms)
+
+
 def test_calibrated_uses_the_seed(pictures):
     net = Net()
     a, b, c = (calibrated(net, pictures, size=12, batch=20, batches=1, seed=s).layers[1].running_mean
@@ -432,10 +438,12 @@ def test_probe_holds_out_a_fifth_of_each_class():
     fit, held = _stratified(labels, 0)
     assert labels[held].bincount(minlength=4).tolist() == [10, 2, 1, 0]
     assert sorted(torch.cat([fit, held]).tolist()) == list(range(63))
+    assert not torch.equal(_stratified(labels, 1)[1], held), "another seed, other rows"
 
 
 def test_probe_flags_an_edge(clouds):
     assert linear_probe(*clouds, lrs=[1e-9, 1e-8, 1e-1], epochs=10).at_edge
+    assert linear_probe(*clouds, lrs=[3e-2, 1e38, 2e38], epochs=10).at_edge
     assert not linear_probe(*clouds, lrs=[1e-9, 3e-2, 1e38], epochs=10).at_edge
 
 
@@ -447,6 +455,16 @@ def test_probe_ignores_scale_and_dead_dimensions(clouds):
     dead = linear_probe(torch.cat([train, torch.full((200, 1), 0.1)], 1), train_labels,
                         torch.cat([test, torch.full((70, 1), 0.1)], 1), test_labels, epochs=10)
     assert abs(dead.top1 - plain.top1) < 10 and dead.weight.isfinite().all()
+    small = linear_probe(1e-4 * train, train_labels, 1e-4 * test, test_labels, epochs=10)
+    assert small.lr == plain.lr and torch.allclose(small.weight, plain.weight, atol=1e-3)
+    hint = torch.cat([train, 1e-8 * train_labels[:, None]], 1)  # rounding errors, as they are behind a dead ReLU
+    assert linear_probe(hint, train_labels, hint, train_labels, epochs=10).weight[-1].abs().max() < 0.06
+
+
+def test_probe_takes_the_middle_one_of_rates_that_are_equally_good():
+    x, y = torch.eye(2).repeat(20, 1), torch.tensor([0, 1]).repeat(20)
+    probe = linear_probe(x, y, x, y, lrs=[0.1, 0.03, 0.3, 1.0, 0.01], epochs=5)
+    assert set(probe.validation.values()) == {100.0} and probe.lr == 0.1
 
 
 def test_probe_takes_no_longer_where_classes_are_far_apart(request):
@@ -901,6 +919,32 @@ def test_a_few_labels_tune_the_whole_network_and_leave_the_source_alone(stripes)
     assert torch.equal(again, predictions)
 
 
+def test_tuning_thaws_what_was_frozen_decays_it_and_lets_batch_norm_learn(stripes):
+    backbone = backbones.build("resnet_mini", 16).requires_grad_(False)
+    subject = Subject("mini", backbone, 16)
+    pixels, labels = few_labels._pixels(subject, stripes(6), list(range(6)))
+    # In the first step the classifier is zero, and so are all gradients below it: what moves is decay alone.
+    tuned = few_labels._fit(subject, pixels, labels, lr=1e-3, seed=0, steps=1, tell=lambda step: None).backbone
+    for before, after in zip(backbone.parameters(), tuned.parameters(), strict=True):
+        assert torch.allclose(after, before * (1 - 1e-3 * 0.05), rtol=1e-6, atol=0)
+    assert not torch.equal(tuned.bn1.running_mean, backbone.bn1.running_mean)
+
+
+def test_the_rate_of_tuning_warms_up_for_a_tenth_and_falls_as_a_cosine(stripes, monkeypatch):
+    rates = []
+
+    class Recorded(torch.optim.AdamW):
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorded)
+    subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
+    few_labels._fit(subject, *few_labels._pixels(subject, stripes(6), list(range(6))), 1e-3, 0, 20, lambda step: None)
+    assert rates == pytest.approx([1e-3 * min(1, (s + 1) / 2) * (1 + math.cos(math.pi * s / 20)) / 2
+                                   for s in range(20)])
+
+
 def test_the_rate_that_learns_is_the_one_that_is_taken(stripes, monkeypatch):
     monkeypatch.setattr(few_labels, "LRS", (1e-7, 1e-3))
     subject = Subject("mini", backbones.build("resnet_mini", 16), 16)
@@ -1135,6 +1179,14 @@ def test_few_labels_get_the_callers_seed(monkeypatch):
     monkeypatch.setattr(few_labels, "few_labels", lambda *args: seeds.append(args[3]) or whole(*args))
     evaluate("resnet_mini", (images, images.subset(range(9))), ["few_labels"], size=8, steps=1, seed=5)
     assert set(seeds) == {5}
+
+
+def test_the_linear_probe_gets_the_callers_seed(monkeypatch):
+    seeds, images = [], data.load("digits").subset(range(300))
+    monkeypatch.setattr("sslnb.evaluate.linear_probe", lambda *args, seed, **kwargs: seeds.append(seed) or linear_probe(
+        *args, **{**kwargs, "lrs": [0.1], "epochs": 1}))
+    evaluate("resnet_mini", (images, images.subset(range(9))), ["linear"], size=8, seed=5)
+    assert len(seeds) == 3 and set(seeds) == {5}
 
 
 def test_what_takes_long_says_how_far_it_is(monkeypatch, capsys, tmp_path):

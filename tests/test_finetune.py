@@ -411,6 +411,13 @@ def test_erasing_puts_noise_into_one_rectangle_of_a_quarter_of_the_images():
     assert abs(noise.mean()) < 0.01 and noise.std().item() == pytest.approx(1.0, abs=0.01)
 
 
+def test_a_rectangle_as_high_as_the_image_is_drawn_again():
+    tries = torch.zeros(1, 10, 4)
+    tries[0, :, :2] = torch.tensor([[1 / 3, math.log(3)], *[[1 / 36, 0.0]] * 9])  # 24 x 8, and then 4 x 4
+    x = torch.zeros(1, 3, 24, 24)
+    assert (RandomErasing().apply(x, torch.tensor([True]), tries, torch.tensor([7])) != 0).sum() == 3 * 4 * 4
+
+
 def test_erasing_an_image_does_not_depend_on_its_batch():
     op, x = RandomErasing(0.5), torch.rand(16, 3, 24, 24)
     seeds = torch.arange(16) * 31
@@ -451,6 +458,15 @@ def _shuffle(order, batch, world):
     return list(dict.fromkeys(dealt + np.asarray(order[whole:]).tolist()))
 
 
+def test_repeated_views_are_dealt_to_as_many_processes_as_there_are(monkeypatch):
+    method, asked = mini(repeats=3), []
+    method.labels, method.batch = torch.zeros(60), 4
+    monkeypatch.setattr("sslnb.evaluate.finetune.world", lambda: (1, 5))
+    monkeypatch.setattr("sslnb.evaluate.finetune.repeated_order", lambda *args: asked.append(args))
+    method.order(7, 2)
+    assert asked == [(60, 3, 4, 5, 7, 2)]
+
+
 def test_repeated_views_differ_between_epochs_and_seeds_and_continue_within_an_epoch():
     orders = [repeated_order(60, 3, 4, 2, seed, epoch).tolist() for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 0))]
     assert orders[0] == orders[3] and orders[0] != orders[1] and orders[0] != orders[2]
@@ -482,6 +498,15 @@ def test_the_average_follows_the_weights_by_its_formula():
     assert torch.allclose(method.average[0].conv1[0].weight, start + 0.5 * (0.5 * 1.0) + 0.5 * 2.0)
     assert not any(p.requires_grad for p in method.average.parameters())
     assert mini().average is None
+
+
+def test_the_average_counts_the_steps_that_were_taken_before_its_own(monkeypatch):
+    method, asked = mini(ema=0.9), []
+    monkeypatch.setattr(method, "momentum", lambda step: asked.append(step) or 0.9)
+    method.total = 7
+    for step in range(7):
+        method.after_step((step + 1) / 7)  # as the loop tells it
+    assert asked == list(range(7))
 
 
 # ---------------------------------------------------------------- how it begins

@@ -65,6 +65,7 @@ def test_regression_is_two_minus_two_cosines():
     assert regression(p, z).item() == pytest.approx(expected, rel=1e-5)
     assert regression(p, 3 * p).item() == pytest.approx(0, abs=1e-6)
     assert regression(p, -p).item() == pytest.approx(4, rel=1e-6)
+    assert regression(1e-6 * p, z).item() == pytest.approx(expected, rel=1e-5), "however short the vectors are"
 
 
 def test_byol_sums_both_directions():

@@ -108,6 +108,8 @@ def test_brightness_and_contrast_of_a_colour_change_nothing():
     assert torch.allclose(hog(Normalize().apply(images)), hog(images), atol=3e-7)
     assert (hog(0.1 * images + 5) - hog(images)).abs().mean() < 1e-4  # rounded, a pixel may change its bin
     assert hog(images).std() > 0.1
+    for window in (0, 16):  # whose weights sum to 1, so that faint edges become fainter yet
+        assert (hog(1e-5 * images, 8, window) - hog(images, 8, window)).abs().mean() < 1e-4
     assert not torch.allclose(hog(0.5 * images, local_norm=False), hog(images, local_norm=False), rtol=0.1)
 
 
@@ -243,6 +245,15 @@ def test_blocks_take_40_percent_and_may_give_up():
 def test_small_grids_take_20_of_49(method):
     counts = method.draw_mask(500).sum(1)
     assert counts.max() == 20 and counts.mean() > 18.5
+
+
+@pytest.mark.parametrize("row, grid, count, least", [(ZOO, 14, 78, 15), (RECIPES["demo"], 7, 20, 4)])
+def test_a_block_hides_a_fifth_of_what_is_to_be_hidden_at_least(row, grid, count, least, monkeypatch):
+    asked = []
+    monkeypatch.setattr("sslnb.methods.maskfeat.block_mask", lambda *args, **_: asked.append(args))
+    with torch.device("meta"):
+        row.build().draw_mask(3)
+    assert asked == [(3, grid, count, least)]
 
 
 # What the network sees

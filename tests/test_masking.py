@@ -127,6 +127,21 @@ def test_blocks_lie_where_a_loop_would_put_them():
     assert abs(edges[0] - edges[1]) < 0.03 * edges[0]  # how long their outlines are: rectangles, not dust
 
 
+@pytest.mark.parametrize("name", ["mae", "maskfeat", "inpainting"])
+def test_every_snapshot_hides_the_same_patches_and_draws_from_nobodys_generator(name):
+    method, images = methods.recipes(name)["demo"].build().eval(), torch.randn(3, 3, 28, 28)
+    state = torch.get_rng_state()
+    masks = [method.snapshot([images])["mask"] for _ in range(2)]
+    assert torch.equal(*masks) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_block_is_as_long_as_the_image():
+    """Of 4 x 4 cells a column can be hidden by two blocks together, which is rarer."""
+    mask = block_mask(4000, 4, 4, 4, exact=False, generator=torch.Generator().manual_seed(0)).view(-1, 4, 4)
+    whole = (mask.sum(1) == 4).any(1) | (mask.sum(2) == 4).any(1)
+    assert whole.float().mean() < 0.13  # 0.097, and 0.171 with blocks of four
+
+
 def test_masks_of_unequal_size_do_not_go_into_one_batch():
     with pytest.raises(InputError, match="leave 1 to 3 visible cells"):
         visible_first(torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 1]]))

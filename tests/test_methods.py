@@ -9,8 +9,19 @@ from conftest import HALVES, ten_steps
 from PIL import Image
 
 from sslnb import data, methods
+from sslnb.backbones import sincos_position
 from sslnb.methods.base import Method
 from sslnb.recipes import method_numbers
+from sslnb.views import (
+    Blur,
+    ColorJitter,
+    Greyscale,
+    HorizontalFlip,
+    Normalize,
+    Pad,
+    RandomResizedCrop,
+    Solarize,
+)
 
 METHODS = list(methods.METHODS)
 
@@ -164,3 +175,60 @@ def test_byols_predictor_is_faster_and_both_parts_of_the_target_move_alike():
     method.after_step(0.5)  # m = 1 - 0.3 / 2
     assert all(torch.allclose(b - a, torch.tensor(0.15), atol=1e-5)
                for a, b in zip(before, method.target.parameters(), strict=True))
+
+
+# The three methods that have no test file of their own: what the zoo's rows of SimCLR, BYOL and MAE stand for.
+
+@pytest.mark.parametrize("name", ["simclr", "byol", "mae"])
+def test_the_views_are_those_of_each_paper(name):
+    bicubic, flip = RandomResizedCrop(224, (0.08, 1.0), interpolation="bicubic"), HorizontalFlip(0.5)
+    expected = {
+        "simclr": 2 * [[RandomResizedCrop(224, (0.08, 1.0)), flip, ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
+                        Greyscale(0.2), Blur(0.5), Normalize()]],
+        "byol": [[Pad(0), bicubic, flip, ColorJitter(0.4, 0.4, 0.2, 0.1, p=0.8), Greyscale(0.2), Blur(blur),
+                  Solarize(solarize), Normalize()] for blur, solarize in ((1.0, 0.0), (0.1, 0.2))],
+        "mae": [[RandomResizedCrop(224, (0.2, 1.0), interpolation="bicubic"), flip, Normalize()]],
+    }[name]
+    for row in [row for key, row in methods.recipes(name).items() if key != "demo"]:
+        with torch.device("meta"):
+            views = row.build().views(224).views
+        assert [[*view.image_ops, *view.batch_ops] for view in views] == expected
+
+
+@pytest.mark.parametrize("name, key, optimizer, lr, decay, warmup, numbers", [
+    ("simclr", "r50_8xb64_cos_lr0_6_fp16_ep200", "lars", 0.6, 1e-6, 10, {"temperature": 0.1}),
+    ("simclr", "r50_16xb256_cos_lr4_8_fp16_ep200", "lars", 4.8, 1e-6, 10, {"temperature": 0.1}),
+    ("byol", "r50_8xb64_accu8_cos_lr4_8_fp16_ep200", "lars", 4.8, 1e-6, 10, {"momentum": 0.99}),
+    ("byol", "r50_8xb64_accu8_cos_lr4_8_fp16_ep300", "lars", 4.8, 1e-6, 10, {"momentum": 0.99}),
+    ("mae", "vit_base_dec8_dim512_8xb128_accu4_cos_fp16_ep400", "adamw", 2.4e-3, 0.05, 40,
+     {"mask_ratio": 0.75, "norm_pix": True})])
+def test_the_rows_of_the_zoo(name, key, optimizer, lr, decay, warmup, numbers):
+    r = methods.recipes(name)[key]
+    assert (r.optimizer, r.lr, r.weight_decay, r.warmup_epochs, r.min_lr) == (optimizer, lr, decay, warmup, 0)
+    assert r.betas == ((0.9, 0.95) if name == "mae" else (0.9, 0.999)) and (r.clip, r.sgd_momentum) == (0, 0.9)
+    with torch.device("meta"):
+        method = r.build()
+    assert {number: getattr(method, number) for number in numbers} == numbers
+    assert {number: method_numbers(name)[number] for number in numbers} == numbers, "they are the defaults too"
+    if name == "mae":
+        assert {block.attn.num_heads for block in method.decoder.blocks} == {16}
+
+
+def test_mae_starts_with_sines_of_the_column_first_and_the_official_weights():
+    method = methods.recipes("mae")["demo"].with_(decoder_dim=512).build()
+    vit, decoder = method.backbone, method.decoder
+    assert torch.equal(vit.pos_embed, sincos_position(7, 64)) and torch.equal(decoder.position, sincos_position(7, 512))
+    assert all(block.attn.qkv.bias is not None for block in decoder.blocks)
+    assert decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.2)
+    bound = (6 / (64 + 3 * 4 * 4)) ** 0.5  # Xavier's, of a patch as one vector
+    assert vit.patch_embed.proj.weight.abs().max().item() == pytest.approx(bound, rel=0.02)
+
+
+def test_both_views_of_simclr_share_their_batch_statistics_and_its_head_starts_small():
+    method = methods.recipes("simclr")["demo"].build()
+    assert all(layer.weight.std().item() == pytest.approx(0.01, rel=0.1) for layer in (method.projector[0],
+                                                                                     method.projector[3]))
+    seen = []
+    method.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    method([torch.randn(4, 3, 20, 20), torch.randn(4, 3, 20, 20)])
+    assert seen == [8]

@@ -157,6 +157,15 @@ def test_ensure_neg_leaves_the_image_out_and_the_rest_uniform():
         assert ((counts[torch.arange(12) != i] - 500).abs() < 110).all()
 
 
+def test_the_entries_of_an_image_are_its_own_and_then_its_negatives(monkeypatch):
+    method, seen, index = small(ensure_neg=True), [], torch.tensor([4, 0, 7])
+    loss = method.loss
+    monkeypatch.setattr(method, "loss", lambda f, entries: seen.append(entries) or loss(f, entries))
+    method.negatives = 200
+    method([torch.randn(3, 3, 20, 20)], index)
+    assert torch.equal(seen[0][:, 0], index) and not (seen[0][:, 1:] == index[:, None]).any()
+
+
 def test_negatives_come_from_torchs_generator():
     method, index = small(), torch.arange(4)
     torch.manual_seed(7)

@@ -8,12 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from test_distributed import leave
 from torch.nn.functional import cosine_similarity
 
 from sslnb import data, embedded, methods
 from sslnb.batchnorm import sync_batchnorm
 from sslnb.errors import InputError
+from sslnb.evaluate.pixels import to_batch
 from sslnb.optim import build as build_optimizer
 from sslnb.parts import normalized
 
@@ -196,13 +198,28 @@ def test_the_first_clusters_are_k_means_of_the_untrained_projections(begun):
     assert torch.allclose(method.centroids[c], method.bank.vectors[method.labels == c].mean(0), atol=1e-6)
 
 
+def test_an_unreadable_image_leaves_the_others_their_places(tmp_path):
+    for i in range(8):
+        Image.effect_mandelbrot((20, 20), (-2, -1, 1, 1), 5 + 9 * i).convert("RGB").save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_bytes(b"nothing")
+    method = small(images=8, data=str(tmp_path))
+    method.before_train(SimpleNamespace(recipe=methods.recipes("odc")["demo"].with_(data=str(tmp_path)), seed=0))
+    method.eval()
+    (x,) = method.views(20).normalize.apply(to_batch(data.load(str(tmp_path)), [6], 20, (0.0,) * 3, (1.0,) * 3)[0])
+    f = method.projector(method.backbone(x[None]))
+    assert cosine_similarity(f, method.bank.vectors[6:7]).item() == pytest.approx(1, abs=1e-4)
+    assert method.bank.vectors[5].abs().max() == 0
+
+
 def test_a_resumed_run_keeps_the_clusters_it_has(begun):
     method, run = begun
     method.labels.fill_(7)
+    method.steps = 13
     twin = run.recipe.build()
     twin.load_state_dict(method.state_dict())
     twin.before_train(run)
     assert (twin.labels == 7).all() and twin.clustered
+    assert twin.steps == 13, "of which every tenth moves the centroids"
 
 
 # ---------------------------------------------------------------- order and optimizer
@@ -249,6 +266,13 @@ def test_the_real_model():
     assert norm.momentum == 0.001 and not norm.affine and dropout.p == 0.5 and isinstance(last, torch.nn.ReLU)
     assert method.bank.vectors.shape == (1_281_167, 256) and method.bank.vectors.numel() * 4 == 1_311_915_008
     assert method.centroids.shape == (10_000, 256) and method.labels.shape == (1_281_167,)
+
+
+def test_its_layers_start_as_the_official_code_draws_them():
+    method = small(hidden_dim=256, dim=200, clusters=3)
+    first, second = method.projector[0], method.projector[4]
+    for layer, std in ((first, (2 / 64) ** 0.5), (second, (2 / 256) ** 0.5), (method.head, 0.01)):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1) and layer.bias.abs().max() == 0
 
 
 def test_views_are_deepclusters():

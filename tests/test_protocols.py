@@ -18,6 +18,7 @@ from sslnb.evaluate.linear import LINEAR
 from sslnb.evaluate.protocol import find, fitted_to, named, train_protocol
 from sslnb.evaluate.sources import open_source
 from sslnb.evaluate.supervised import Supervised, labels_of
+from sslnb.views import CenterCrop, HorizontalFlip, RandomResizedCrop, Resize
 
 PROBE = LINEAR["linear_barlowtwins"]
 
@@ -41,6 +42,17 @@ def test_the_linear_protocols_are_those_of_the_spec(name, total, lr, decay, opti
     r = LINEAR[name]
     assert (r.total_batch, r.lr, r.weight_decay, r.optimizer, r.epochs) == (total, lr, decay, optimizer, epochs)
     assert r.size == 224 and r.sgd_momentum == 0.9 and r.warmup_epochs == 0
+    with torch.device("meta"):
+        method = r.build()
+    (view,) = method.views(224).views
+    assert view.image_ops == (RandomResizedCrop(224, (0.08, 1.0), interpolation="bilinear"), HorizontalFlip(0.5))
+    (view,) = method.test_view(224).views
+    assert view.image_ops == (Resize(256, "bilinear"), CenterCrop(224))
+
+
+def test_a_classifier_starts_small():
+    head = Supervised(methods.recipes("simclr")["demo"].build().backbone, classes=100).head
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.1) and head.bias.abs().max() == 0
 
 
 def test_a_batch_of_ones_own_keeps_the_total_of_a_protocol_unless_accum_says_more(source):
@@ -130,6 +142,7 @@ def test_the_row_says_what_was_changed_and_is_written_beside_both_runs(source, p
     assert row["protocol"] == "linear_barlowtwins, with epochs 3", "the total batch is the protocol's"
     other = SimpleNamespace(recipe=run.recipe.with_(accum=1))
     assert named("linear_barlowtwins", {"epochs": 3, "batch": 8}, other) == f"{row['protocol']}, batch 8"
+    assert named("linear_barlowtwins", {"weight_decay": 0.0}) == "linear_barlowtwins, with weight_decay 0.0"
     for folder in (run.path, source.path):
         assert json.loads((folder / "results.jsonl").read_text().splitlines()[-1]) == row
     assert [r["epoch"] for r in run.history("test")] == [1, 2, 3]

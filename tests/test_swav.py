@@ -99,6 +99,9 @@ def test_codes_stay_in_full_precision_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = method.codes(z)
     assert inside.dtype == torch.float32 and torch.equal(inside, method.codes(z))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        length = method.embed(crops()).norm(dim=-1)
+    assert torch.allclose(length, torch.ones(4, 4), atol=1e-5)
 
 
 # ---------------------------------------------------------------- the loss
@@ -138,6 +141,12 @@ def test_no_gradient_flows_through_the_codes():
 
 
 # ---------------------------------------------------------------- crops
+
+
+def test_codes_are_those_of_the_two_large_crops():
+    method, views = small().eval(), crops()
+    large = method.embed(views)[:, :2]
+    assert torch.equal(method(views)["codes"], sinkhorn(method.scores(large), 0.05, 3))
 
 
 def test_crops_of_one_size_share_a_forward_and_keep_their_order():

@@ -301,6 +301,15 @@ def test_a_trained_dvae_draws_clothes_it_has_never_seen_better_than_k_means(trai
     assert vae.ready and not any(p.requires_grad for p in vae.parameters())
 
 
+def test_the_choice_of_a_dvae_hardens_from_a_half_to_a_sixteenth(monkeypatch):
+    asked, loss = [], DVAE.loss
+    monkeypatch.setattr("sslnb.dvae.STEPS", 6)
+    monkeypatch.setattr(DVAE, "loss", lambda self, x, temperature: asked.append(temperature) or loss(
+        self, x, temperature))
+    DVAE(8, 4).fit(data.load("fashion_small").subset(range(70)), pictures, seed=0)
+    assert asked == pytest.approx([0.5 * 8 ** (-step / 6) for step in range(6)])
+
+
 def test_the_loss_of_a_dvae_by_hand():
     vae = DVAE(5, 2)
     torch.nn.init.normal_(vae.see[-1].weight), torch.nn.init.normal_(vae.paint[-1].weight)

@@ -353,3 +353,25 @@ def test_an_aligned_view_is_the_same_crop_at_another_size():
     flat = [Image.new("RGB", (64, 64), (90, 140, 60))]  # of one colour: what jitter did to it must be the same
     large, small = both(True)(flat, seed=3)
     assert torch.allclose(large[..., :1, :1], small[..., :1, :1], atol=1e-6)
+
+
+def test_a_blur_reaches_a_twentieth_of_the_image_either_way():
+    """SimCLR's 23 taps at 224 px, and 7 at 64; at σ = 2 what is further than 8 px away weighs nothing."""
+    for size, reach in ((224, 8), (64, 3)):
+        x = torch.zeros(1, 3, size, size)
+        x[:, :, size // 2, size // 2] = 1
+        seen = V.Blur().apply(x, torch.tensor([True]), torch.tensor([2.0]))[0, 0, size // 2]
+        assert seen.nonzero()[[0, -1], 0].tolist() == [size // 2 - reach, size // 2 + reach]
+
+
+def test_jitter_of_more_than_one_never_turns_a_picture_negative():
+    factors, _ = V.ColorJitter(1.5, 1.5, 1.5, 0.0, p=1.0).sample(Draws(torch.arange(500)))
+    assert factors[:, :3].min() >= 0 and factors[:, :3].max() > 2.3 and factors[:, :3].min() < 0.05
+
+
+def test_crops_lie_everywhere_in_the_image():
+    crop, rng = V.RandomResizedCrop(8, (0.25, 0.25), (1.0, 1.0)), random.Random(0)
+    left, top, right, bottom = np.array([crop.box(60, 40, rng) for _ in range(1000)]).T
+    for start, end, room in ((left, right, 60), (top, bottom, 40)):
+        free = room - (end - start)[0]
+        assert start.min() == 0 and end.max() == room and abs(start.mean() - free / 2) < 0.03 * room

@@ -304,6 +304,10 @@ def test_moco_v3s_small_vit_has_twelve_heads(tmp_path):
         zoo.load(tmp_path / "y.pth", "vit_small_patch16_224", depth=2)
     six, _ = zoo.load(tmp_path / "y.pth", "vit_small_patch16_224", num_heads=6)
     assert (features(six, images) - features(backbone, images)).abs().max() > 1e-3, "heads cannot be seen in shapes"
+    plain = build("vit_small_patch16_224", 64, depth=2).state_dict()
+    for first, heads in (("row", 12), ("column", 6)):  # its fixed positions tell, where a converter left timm's names
+        torch.save({**plain, "pos_embed": sincos_position(4, 384, first)}, tmp_path / "z.pth")
+        assert zoo.load(tmp_path / "z.pth")[0].blocks[0].attn.num_heads == heads
 
 
 def swin(state, images, names, merged):

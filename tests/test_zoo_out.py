@@ -17,7 +17,7 @@ from sslnb.evaluate import RECIPES, evaluate, train_protocol
 from sslnb.files import append_jsonl
 from sslnb.run import code_of
 from sslnb.views import IMAGENET_MEAN, IMAGENET_STD
-from sslnb.zoo.export import export, push, to_openmmlab
+from sslnb.zoo.export import _config, export, push, to_openmmlab
 from sslnb.zoo.published import BACKBONES, everything, executed, measured, published, side_by_side
 
 
@@ -60,6 +60,16 @@ def test_the_cards_own_line_and_the_hubs_way_give_the_same_network(tmp_path, mon
         assert torch.equal(timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()(x), expected)
     cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     assert (cfg["mean"], cfg["std"]) == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert (cfg["input_size"], cfg["crop_pct"], cfg["interpolation"]) == ([3, size, size], 224 / 256, "bicubic")
+
+
+@pytest.mark.parametrize("size, ours", [(64, True), (65, False)])
+def test_up_to_64_px_a_resnet_has_the_small_stem_which_only_we_can_build(size, ours):
+    recipe = methods.recipes("simclr")["demo"].with_(backbone="resnet18", size=size)
+    backbone = recipe.build().backbone
+    assert (backbone.conv1.kernel_size == (3, 3)) == (_config(recipe, backbone).get("library") == "sslnb") == ours
+    assert backbone.conv1.weight.std().item() == pytest.approx((2 / backbone.conv1.weight[:, 0].numel()) ** 0.5,
+                                                               rel=0.1), "Kaiming's, by what comes out"
 
 
 def test_timm_loads_an_exported_vit_by_what_its_card_says(tmp_path):

@@ -83,7 +83,7 @@ class DeepCluster(Method):
         """The cluster of every image (N,); each process works on its share of the images, and all get the same."""
         images, device = recipe.load(), self.labels.device
         mine = share(torch.arange(len(images)))
-        f = extract(self.backbone, images.subset(mine), size=recipe.size, pool=recipe.pool, device=device,
+        f = extract(self.backbone, images.subset(mine), size=recipe.size, device=device,
                     workers=loader_workers("auto", images, world()[1]), title="Features to cluster")
         x = whiten(f.x, self.pca, device, shared=True)  # my rows of N x pca
         _, y = kmeans(x, self.clusters, self.iterations, seed, shared=True)
