@@ -1,10 +1,11 @@
 """Backbones: timm models by name, made ready for self-supervision.
 
 A backbone is a timm model with `num_classes=0`: (B, 3, H, W) -> (B, num_features). Its state dict has timm's plain
-names, so what is trained here loads anywhere timm does.
+names, so what is trained here loads anywhere timm does. `my_file.py:my_net` is a name too, for any network: see `own`.
 """
 
 import contextlib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -40,6 +41,10 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
     """
     import timm
 
+    if ":" in name:
+        if sobel:
+            raise InputError(f"sobel=True is for timm's ResNets; let {name} filter its images itself.")
+        return own(name, size, **arguments)
     base, arguments = as_timm(name, size, **arguments)
     if not timm.is_model(base):
         near = [m for m in timm.list_models() if m.split("_")[0][:3] == name[:3]]
@@ -62,6 +67,27 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
         # A hook has no state: the state dict stays plain timm.
         model.conv1.register_forward_pre_hook(lambda _, inputs: sobel_maps(inputs[0]))
     return model
+
+
+def own(name: str, size: int, **arguments) -> nn.Module:
+    """A network of the user's own: what the function or class of `my_file.py:my_net`, or `package.module:my_net`, makes
+    of `(size, **arguments)`, with fresh weights: an nn.Module, (B, 3, size, size) -> (B, num_features), of which
+    `num_features` is an attribute. Errors: InputError."""
+    from . import methods
+
+    make = getattr(methods.users_module(name, "Backbone"), name.rpartition(":")[2])
+    try:
+        inspect.signature(make).bind(size, **arguments)
+    except TypeError as error:
+        raise InputError(f"Backbone {name!r} is called with the size of the images, {size}, and {arguments}: {error}."
+                         ) from None
+    net = make(size, **arguments)
+    width = getattr(net, "num_features", None)
+    if not isinstance(net, nn.Module) or not isinstance(width, int):
+        raise InputError(f"Backbone {name!r} gives a {type(net).__name__} whose num_features is {width!r}; it must be "
+                         "an nn.Module that says with an int how many features its forward gives an image.")
+    net.pretrained_cfg = {**getattr(net, "pretrained_cfg", {}), "input_size": (3, size, size)}
+    return net
 
 
 def as_timm(name: str, size: int, **arguments) -> tuple[str, dict]:
@@ -172,6 +198,9 @@ def features(backbone: nn.Module, x: Tensor, pool: str = "model") -> Tensor:
 
 def cells(backbone: nn.Module, x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, S², D): the S x S cells of a ResNet or Swin, or the patches of a ViT, row by row."""
+    if not hasattr(backbone, "forward_features"):
+        raise InputError(f"{type(backbone).__name__} has no forward_features, which gives the map (B, D, h, w) that is "
+                         "looked at here; add it, or use another backbone.")
     y = backbone.forward_features(x)
     if y.ndim == 4:
         return y.flatten(1, 2) if getattr(backbone, "output_fmt", "") == "NHWC" else y.flatten(2).transpose(1, 2)

@@ -24,7 +24,7 @@ from .recipes import Recipe, method_numbers
 from .run import Run
 from .trial import try_out
 
-FREE = ("workers", "compile", "trackers")  # how a run is trained, not which one it is: the latest call says it
+FREE = ("workers", "compile", "trackers", "files")  # how a run is trained, not which one it is: the latest call says it
 FEW = 5  # values of a recipe that make no other one of it, to a reader
 _shown: dict[str, Recipe] = {}  # the last recipe of each method that this notebook has shown in full
 LEAVING = 60  # seconds that processes which have been stopped get for their last step and checkpoint
@@ -63,7 +63,8 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     try_out(recipe, recipe.total_steps(steps))
     recipe.on(recipe.gpus, recipe.batch)  # refuses accumulation where it would change the method
     settings = {"recipe": recipe.to_json(), "seed": seed, "workers": workers, "compile": compile,
-                "trackers": list(trackers)}
+                "trackers": list(trackers),
+                "files": {name: methods.located(said) for name, said in _in_files(recipe.to_json()).items()}}
     run = Run(out if out != "auto" else _default_out(settings))
     with contextlib.ExitStack() as ours:
         _claim(run, settings, images, recipe.total_steps(steps), resume, ours if held is None else held)
@@ -206,6 +207,11 @@ def _write_settings(run: Run, settings: dict, images: Images) -> None:
     write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
 
 
+def _in_files(recipe: dict) -> dict[str, str]:
+    """What of a recipe is a user's own, as `my_file.py:MyMethod`."""
+    return {name: recipe[name] for name in ("method", "backbone") if ":" in recipe[name]}
+
+
 def _begun(run: Run) -> bool:
     """Whether there is anything of a run to continue: not if its first call ended with an error, and before a step."""
     rows = read_jsonl(run.path / "log.jsonl")
@@ -218,6 +224,8 @@ def _same(run: Run, settings: dict, moved: bool = False) -> None:
     old, now = run.settings, {**settings["recipe"], "data": located(settings["recipe"]["data"])}
     there = run.recipe.to_json()  # with the values of today for what a recipe of then did not have yet
     there["data"] = now["data"] if moved else located(there["data"])
+    for recipe in (there, now):
+        recipe |= {name: methods.located(said) for name, said in _in_files(recipe).items()}
     changed = [f"{k}: {there[k]} there, {v} now" for k, v in now.items()
                if there[k] != v and k not in ("note", "published", "source", "sources")]
     changed += [f"seed: {old['seed']} there, {settings['seed']} now"] * (old["seed"] != settings["seed"])
