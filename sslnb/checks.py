@@ -56,7 +56,9 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     if resume and (finished := _finished(recipe, out, seed)):
         return finished
     images = recipe.load()
-    recipe = recipe.with_(data=located(recipe.data))  # a run is opened from other folders too
+    asked = recipe
+    # A run is opened from other folders too.
+    recipe = recipe.with_(data=located(recipe.data), weights=_weights(recipe.weights))
     if "images" in method_numbers(recipe.method):  # a method with a memory of every image
         recipe = recipe.with_(images=len(images))
     steps = recipe.steps_per_epoch(len(images))
@@ -66,6 +68,9 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
                 "trackers": list(trackers),
                 "files": {name: methods.located(said) for name, said in _in_files(recipe.to_json()).items()}}
     run = Run(out if out != "auto" else _default_out(settings))
+    if recipe.weights and not run.checkpoints():
+        with torch.random.fork_rng(devices=[]):
+            asked.begin(recipe.build())
     with contextlib.ExitStack() as ours:
         _claim(run, settings, images, recipe.total_steps(steps), resume, ours if held is None else held)
     print(_said(recipe, images))
@@ -119,6 +124,8 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 def _default_out(settings: dict) -> Path:
     """runs/byol-digits_scattered-… with a hash of recipe and seed: the same command finds the same directory."""
     r = {**settings["recipe"], "data": located(settings["recipe"]["data"])}
+    if weights := _weights(r.pop("weights")):
+        r["weights"] = weights
     r["numbers"] = {name: value for name, value in r["numbers"].items() if name != "images"}  # which the data decide
     defining = {**{name: value for name, value in settings.items() if name not in FREE}, "recipe": r}
     tag = hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:6]
@@ -207,6 +214,13 @@ def _write_settings(run: Run, settings: dict, images: Images) -> None:
     write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
 
 
+def _weights(said: str) -> str:
+    """The weights that a recipe begins with: a name of the zoo, else the whole path."""
+    from .zoo import MODELS
+
+    return said if not said or said in MODELS else os.path.abspath(os.path.expanduser(said))
+
+
 def _in_files(recipe: dict) -> dict[str, str]:
     """What of a recipe is a user's own, as `my_file.py:MyMethod`."""
     return {name: recipe[name] for name in ("method", "backbone") if ":" in recipe[name]}
@@ -225,6 +239,7 @@ def _same(run: Run, settings: dict, moved: bool = False) -> None:
     there = run.recipe.to_json()  # with the values of today for what a recipe of then did not have yet
     there["data"] = now["data"] if moved else located(there["data"])
     for recipe in (there, now):
+        recipe["weights"] = _weights(recipe["weights"])
         recipe |= {name: methods.located(said) for name, said in _in_files(recipe).items()}
     changed = [f"{k}: {there[k]} there, {v} now" for k, v in now.items()
                if there[k] != v and k not in ("note", "published", "source", "sources")]

@@ -104,6 +104,10 @@ class Trainer:
 
         torch.manual_seed(self.seed)  # before anything is built, and the same everywhere
         method = recipe.build()
+        if recipe.weights and not run.checkpoints():
+            said = recipe.begin(method)
+            if self.main:
+                print(said, flush=True)
         if method.sync_bn and world > 1:
             sync_batchnorm(method, self.cuda)
         if recipe.chunk:
