@@ -136,12 +136,15 @@ def need_vit(backbone: nn.Module, method: str) -> None:
                          f"{type(backbone).__name__} is none; use vit_mini or vit_base_patch16_224, for example.")
 
 
-def need_absolute_positions(backbone: nn.Module, method: str) -> None:
-    """One sentence for a method that drops patches and got a transformer where a patch would lose its place by it."""
+def need_absolute_positions(backbone: nn.Module, method: str, rotary: bool = False) -> None:
+    """One sentence for a method that drops patches and got a transformer where a patch would lose its place by it.
+    `rotary`: positions of that kind may be there too, as where nothing is dropped."""
     need_vit(backbone, method)
     tables = [name for name, _ in backbone.named_parameters() if name.endswith("relative_position_bias_table")]
-    if tables or backbone.pos_embed is None:
-        raise InputError(f"{method} drops patches, so it needs absolute positions and no relative ones; build the Beit "
+    turns = getattr(backbone, "rope", None) is not None and not rotary
+    if tables or turns or not isinstance(getattr(backbone, "pos_embed", None), Tensor):
+        raise InputError(f"{method} drops patches, so it needs absolute positions and no relative or rotary ones, which "
+                         f"this {type(backbone).__name__} has; use vit_mini or vit_base_patch16_224, or build a Beit "
                          "with use_abs_pos_emb=True and use_rel_pos_bias=False.")
     places, patches = backbone.pos_embed.shape[1], backbone.patch_embed.num_patches
     if places != 1 + patches:
