@@ -45,6 +45,11 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
         if sobel:
             raise InputError(f"sobel=True is for timm's ResNets; let {name} filter its images itself.")
         return own(name, size, **arguments)
+    for given, remedy in (("in_chans", "images are read in RGB, grey ones too; leave it out"),
+                          ("num_classes", "a backbone has no classifier; leave it out"),
+                          ("pretrained", "begin with `weights` in the recipe, a file or a name of zoo.names()")):
+        if given in arguments:
+            raise InputError(f"{given} {arguments[given]!r} of {name} is impossible: {remedy}.")
     base, arguments = as_timm(name, size, **arguments)
     if not timm.is_model(base):
         near = [m for m in timm.list_models() if m.split("_")[0][:3] == name[:3]]
@@ -143,9 +148,9 @@ def need_absolute_positions(backbone: nn.Module, method: str, rotary: bool = Fal
     tables = [name for name, _ in backbone.named_parameters() if name.endswith("relative_position_bias_table")]
     turns = getattr(backbone, "rope", None) is not None and not rotary
     if tables or turns or not isinstance(getattr(backbone, "pos_embed", None), Tensor):
-        raise InputError(f"{method} drops patches, so it needs absolute positions and no relative or rotary ones, which "
-                         f"this {type(backbone).__name__} has; use vit_mini or vit_base_patch16_224, or build a Beit "
-                         "with use_abs_pos_emb=True and use_rel_pos_bias=False.")
+        raise InputError(f"{method} drops patches, so it needs absolute positions and no relative or rotary ones, "
+                         f"which this {type(backbone).__name__} has; use vit_mini or vit_base_patch16_224, or build a "
+                         "Beit with use_abs_pos_emb=True and use_rel_pos_bias=False.")
     places, patches = backbone.pos_embed.shape[1], backbone.patch_embed.num_patches
     if places != 1 + patches:
         raise InputError(f"{method} needs a position for the class token and one for each of the {patches} patches, "
