@@ -5,6 +5,7 @@ names, so what is trained here loads anywhere timm does. `my_file.py:my_net` is 
 """
 
 import contextlib
+import difflib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -50,10 +51,8 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
                           ("pretrained", "begin with `weights` in the recipe, a file or a name of zoo.names()")):
         if given in arguments:
             raise InputError(f"{given} {arguments[given]!r} of {name} is impossible: {remedy}.")
+    check_name(name)
     base, arguments = as_timm(name, size, **arguments)
-    if not timm.is_model(base):
-        near = [m for m in timm.list_models() if m.split("_")[0][:3] == name[:3]]
-        unknown("backbone", name, [*MINI, "resnet50", "vit_base_patch16_224", *near][:20])
     if sobel:
         arguments["in_chans"] = 2
     model = timm.create_model(base, pretrained=False, num_classes=0,
@@ -72,6 +71,15 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
         # A hook has no state: the state dict stays plain timm.
         model.conv1.register_forward_pre_hook(lambda _, inputs: sobel_maps(inputs[0]))
     return model
+
+
+def check_name(name: str) -> None:
+    """InputError if there is no timm model, and none of MINI, of this name."""
+    import timm
+
+    if name not in MINI and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=10, cutoff=0.5)
+        unknown("backbone", name, {*MINI, "resnet50", "vit_base_patch16_224", *near})
 
 
 def own(name: str, size: int, **arguments) -> nn.Module:
