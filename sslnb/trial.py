@@ -157,6 +157,9 @@ def _step(method: Method, recipe: Recipe, views: list[torch.Tensor]) -> None:
             raise InputError(f"batch {recipe.batch} is too small for {recipe.method}: its batch norms need more than "
                              "one image at a time; use 2 or more.") from error
         if at_work and not isinstance(error, NotImplementedError) and "meta" not in str(error).lower():
-            sizes = " and ".join(map(str, sorted({view.shape[-1] for view in views})))
-            raise InputError(f"{recipe.backbone} cannot take the views of {sizes} px that {recipe.method} shows it "
-                             f"({' '.join(str(error).split())}); use another size or backbone.") from error
+            sizes = sorted({view.shape[-1] for view in views})
+            flexible = (", or backbone_numbers={'dynamic_img_size': True}, with which a timm ViT takes several sizes"
+                        ) * (len(sizes) > 1 and hasattr(method.backbone, "dynamic_img_size"))
+            raise InputError(f"{recipe.backbone} cannot take the views of {' and '.join(map(str, sizes))} px that "
+                             f"{recipe.method} shows it ({' '.join(str(error).split())}); use another size or backbone"
+                             f"{flexible}.") from error

@@ -262,6 +262,17 @@ def test_views_that_a_backbone_cannot_take_are_told_before_any_work(method, back
     assert not (tmp_path / "run").exists()
 
 
+def test_a_transformer_for_views_of_several_sizes_is_told_how_it_can_take_them(tmp_path):
+    own(tmp_path)
+    file = tmp_path / "mine.py"
+    file.write_text(file.read_text().replace("count=2))", "count=2), View(RandomResizedCrop(12), Normalize()))")
+                    .replace("(views[0])", "(views[2])"))
+    recipe = resolve(f"{file}:Mine", backbone="vit_mini")
+    with pytest.raises(InputError, match="of 12 and 20 px .* or backbone_numbers={'dynamic_img_size': True}"):
+        prepare(recipe, out=tmp_path / "run")
+    prepare(recipe.with_(backbone_numbers={"dynamic_img_size": True}), out=tmp_path / "run")
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_demos_show_photographs_as_the_method_does_and_digits_as_we_chose(method):
     demo, defaults = methods.recipes(method)["demo"], method_numbers(method)
