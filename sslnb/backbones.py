@@ -1,10 +1,12 @@
 """Backbones: timm models by name, made ready for self-supervision.
 
 A backbone is a timm model with `num_classes=0`: (B, 3, H, W) -> (B, num_features). Its state dict has timm's plain
-names, so what is trained here loads anywhere timm does.
+names, so what is trained here loads anywhere timm does. `my_file.py:my_net` is a name too, for any network: see `own`.
 """
 
 import contextlib
+import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 
@@ -40,10 +42,17 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
     """
     import timm
 
+    if ":" in name:
+        if sobel:
+            raise InputError(f"sobel=True is for timm's ResNets; let {name} filter its images itself.")
+        return own(name, size, **arguments)
+    for given, remedy in (("in_chans", "images are read in RGB, grey ones too; leave it out"),
+                          ("num_classes", "a backbone has no classifier; leave it out"),
+                          ("pretrained", "begin with `weights` in the recipe, a file or a name of zoo.names()")):
+        if given in arguments:
+            raise InputError(f"{given} {arguments[given]!r} of {name} is impossible: {remedy}.")
+    check_name(name)
     base, arguments = as_timm(name, size, **arguments)
-    if not timm.is_model(base):
-        near = [m for m in timm.list_models() if m.split("_")[0][:3] == name[:3]]
-        unknown("backbone", name, [*MINI, "resnet50", "vit_base_patch16_224", *near][:20])
     if sobel:
         arguments["in_chans"] = 2
     model = timm.create_model(base, pretrained=False, num_classes=0,
@@ -62,6 +71,36 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
         # A hook has no state: the state dict stays plain timm.
         model.conv1.register_forward_pre_hook(lambda _, inputs: sobel_maps(inputs[0]))
     return model
+
+
+def check_name(name: str) -> None:
+    """InputError if there is no timm model, and none of MINI, of this name."""
+    import timm
+
+    if name not in MINI and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=10, cutoff=0.5)
+        unknown("backbone", name, {*MINI, "resnet50", "vit_base_patch16_224", *near})
+
+
+def own(name: str, size: int, **arguments) -> nn.Module:
+    """A network of the user's own: what the function or class of `my_file.py:my_net`, or `package.module:my_net`, makes
+    of `(size, **arguments)`, with fresh weights: an nn.Module, (B, 3, size, size) -> (B, num_features), of which
+    `num_features` is an attribute. Errors: InputError."""
+    from . import methods
+
+    make = getattr(methods.users_module(name, "Backbone"), name.rpartition(":")[2])
+    try:
+        inspect.signature(make).bind(size, **arguments)
+    except TypeError as error:
+        raise InputError(f"Backbone {name!r} is called with the size of the images, {size}, and {arguments}: {error}."
+                         ) from None
+    net = make(size, **arguments)
+    width = getattr(net, "num_features", None)
+    if not isinstance(net, nn.Module) or not isinstance(width, int):
+        raise InputError(f"Backbone {name!r} gives a {type(net).__name__} whose num_features is {width!r}; it must be "
+                         "an nn.Module that says with an int how many features its forward gives an image.")
+    net.pretrained_cfg = {**getattr(net, "pretrained_cfg", {}), "input_size": (3, size, size)}
+    return net
 
 
 def as_timm(name: str, size: int, **arguments) -> tuple[str, dict]:
@@ -110,13 +149,16 @@ def need_vit(backbone: nn.Module, method: str) -> None:
                          f"{type(backbone).__name__} is none; use vit_mini or vit_base_patch16_224, for example.")
 
 
-def need_absolute_positions(backbone: nn.Module, method: str) -> None:
-    """One sentence for a method that drops patches and got a transformer where a patch would lose its place by it."""
+def need_absolute_positions(backbone: nn.Module, method: str, rotary: bool = False) -> None:
+    """One sentence for a method that drops patches and got a transformer where a patch would lose its place by it.
+    `rotary`: positions of that kind may be there too, as where nothing is dropped."""
     need_vit(backbone, method)
     tables = [name for name, _ in backbone.named_parameters() if name.endswith("relative_position_bias_table")]
-    if tables or backbone.pos_embed is None:
-        raise InputError(f"{method} drops patches, so it needs absolute positions and no relative ones; build the Beit "
-                         "with use_abs_pos_emb=True and use_rel_pos_bias=False.")
+    turns = getattr(backbone, "rope", None) is not None and not rotary
+    if tables or turns or not isinstance(getattr(backbone, "pos_embed", None), Tensor):
+        raise InputError(f"{method} drops patches, so it needs absolute positions and no relative or rotary ones, "
+                         f"which this {type(backbone).__name__} has; use vit_mini or vit_base_patch16_224, or build a "
+                         "Beit with use_abs_pos_emb=True and use_rel_pos_bias=False.")
     places, patches = backbone.pos_embed.shape[1], backbone.patch_embed.num_patches
     if places != 1 + patches:
         raise InputError(f"{method} needs a position for the class token and one for each of the {patches} patches, "
@@ -172,6 +214,9 @@ def features(backbone: nn.Module, x: Tensor, pool: str = "model") -> Tensor:
 
 def cells(backbone: nn.Module, x: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, S², D): the S x S cells of a ResNet or Swin, or the patches of a ViT, row by row."""
+    if not hasattr(backbone, "forward_features"):
+        raise InputError(f"{type(backbone).__name__} has no forward_features, which gives the map (B, D, h, w) that is "
+                         "looked at here; add it, or use another backbone.")
     y = backbone.forward_features(x)
     if y.ndim == 4:
         return y.flatten(1, 2) if getattr(backbone, "output_fmt", "") == "NHWC" else y.flatten(2).transpose(1, 2)

@@ -24,7 +24,7 @@ from .recipes import Recipe, method_numbers
 from .run import Run
 from .trial import try_out
 
-FREE = ("workers", "compile", "trackers")  # how a run is trained, not which one it is: the latest call says it
+FREE = ("workers", "compile", "trackers", "files")  # how a run is trained, not which one it is: the latest call says it
 FEW = 5  # values of a recipe that make no other one of it, to a reader
 _shown: dict[str, Recipe] = {}  # the last recipe of each method that this notebook has shown in full
 LEAVING = 60  # seconds that processes which have been stopped get for their last step and checkpoint
@@ -56,15 +56,21 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     if resume and (finished := _finished(recipe, out, seed)):
         return finished
     images = recipe.load()
-    recipe = recipe.with_(data=located(recipe.data))  # a run is opened from other folders too
+    asked = recipe
+    # A run is opened from other folders too.
+    recipe = recipe.with_(data=located(recipe.data), weights=_weights(recipe.weights))
     if "images" in method_numbers(recipe.method):  # a method with a memory of every image
         recipe = recipe.with_(images=len(images), published=recipe.published)
     steps = recipe.steps_per_epoch(len(images))
     try_out(recipe, recipe.total_steps(steps))
     recipe.on(recipe.gpus, recipe.batch)  # refuses accumulation where it would change the method
     settings = {"recipe": recipe.to_json(), "seed": seed, "workers": workers, "compile": compile,
-                "trackers": list(trackers)}
+                "trackers": list(trackers),
+                "files": {name: methods.located(said) for name, said in _in_files(recipe.to_json()).items()}}
     run = Run(out if out != "auto" else _default_out(settings))
+    if recipe.weights and not run.checkpoints():
+        with torch.random.fork_rng(devices=[]):
+            asked.begin(recipe.build())
     with contextlib.ExitStack() as ours:
         _claim(run, settings, images, recipe.total_steps(steps), resume, ours if held is None else held)
     print(_said(recipe, images))
@@ -118,6 +124,8 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 def _default_out(settings: dict) -> Path:
     """runs/byol-digits_scattered-… with a hash of recipe and seed: the same command finds the same directory."""
     r = {**settings["recipe"], "data": located(settings["recipe"]["data"])}
+    if weights := _weights(r.pop("weights")):
+        r["weights"] = weights
     r["numbers"] = {name: value for name, value in r["numbers"].items() if name != "images"}  # which the data decide
     defining = {**{name: value for name, value in settings.items() if name not in FREE}, "recipe": r}
     tag = hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:6]
@@ -206,6 +214,18 @@ def _write_settings(run: Run, settings: dict, images: Images) -> None:
     write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
 
 
+def _weights(said: str) -> str:
+    """The weights that a recipe begins with: a name of the zoo, else the whole path."""
+    from .zoo import MODELS
+
+    return said if not said or said in MODELS else os.path.abspath(os.path.expanduser(said))
+
+
+def _in_files(recipe: dict) -> dict[str, str]:
+    """What of a recipe is a user's own, as `my_file.py:MyMethod`."""
+    return {name: recipe[name] for name in ("method", "backbone") if ":" in recipe[name]}
+
+
 def _begun(run: Run) -> bool:
     """Whether there is anything of a run to continue: not if its first call ended with an error, and before a step."""
     rows = read_jsonl(run.path / "log.jsonl")
@@ -218,6 +238,9 @@ def _same(run: Run, settings: dict, moved: bool = False) -> None:
     old, now = run.settings, {**settings["recipe"], "data": located(settings["recipe"]["data"])}
     there = run.recipe.to_json()  # with the values of today for what a recipe of then did not have yet
     there["data"] = now["data"] if moved else located(there["data"])
+    for recipe in (there, now):
+        recipe["weights"] = _weights(recipe["weights"])
+        recipe |= {name: methods.located(said) for name, said in _in_files(recipe).items()}
     changed = [f"{k}: {there[k]} there, {v} now" for k, v in now.items()
                if there[k] != v and k not in ("note", "published", "source", "sources")]
     changed += [f"seed: {old['seed']} there, {settings['seed']} now"] * (old["seed"] != settings["seed"])

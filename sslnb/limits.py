@@ -65,7 +65,7 @@ FIELDS = _table(
     (AMOUNT, "lr weight_decay warmup_epochs min_lr clip"), (SHARE, "warmup_from gamma"),
     (BELOW_1, "sgd_momentum hold_out"), (BETAS, "betas"), (MILESTONES, "milestones"), (PART, "fraction"),
     (FLAG, "nesterov lr_by_epoch cosine_from_start force_accum"),
-    (VALUES, "numbers backbone_numbers sources published"), (TEXT, "source note"),
+    (VALUES, "numbers backbone_numbers sources published"), (TEXT, "source note weights"),
     (COUNT, "processes"), (FLAG, "compile resume"),
     (Limit('a whole number of at least 0, or "auto"', lambda x: x == "auto" or _whole(x, 0)), "workers"),
     (Limit("a whole number from 0 to 4294967295", lambda x: _whole(x, 0) and x < 2**32), "seed"))

@@ -34,6 +34,8 @@ class Recipe:
     long, whatever its epochs, and `milestones` and `warmup_steps` are steps, as papers on detection count.
     `fraction` keeps a part of every class of the training images (or those named in a file), see sslnb.load; of that
     `hold_out` takes a part away, which `load("held out")` gives: to choose something by instead of the test split.
+    `weights` is what the backbone begins with instead of random numbers, to train it further or on images of another
+    kind: a finished run's directory, a file of weights or a name of the zoo.
     `numbers` are keyword arguments of the method's constructor (its own numbers and those of its views).
     `source` says where the numbers come from (paper, official code, zoo, ours), `sources` names the exceptions.
     """
@@ -68,6 +70,7 @@ class Recipe:
     pool: str = "model"
     fraction: float | str | None = None
     hold_out: float = 0.0
+    weights: str = ""
     force_accum: bool = False
     numbers: Mapping[str, Any] = field(default_factory=dict)
     backbone_numbers: Mapping[str, Any] = field(default_factory=dict)
@@ -249,6 +252,18 @@ class Recipe:
         limits.check_fit(self.method, method, self.numbers)
         return method(backbones.build(self.backbone, self.size, **self.backbone_numbers), **self.numbers)
 
+    def begin(self, method) -> str:
+        """Load `weights` into the backbone of a freshly built method, and into its copies, such as a slow one that
+        follows it. Returns where every tensor went. Errors: InputError if they do not fill it exactly."""
+        from . import zoo
+
+        backbone, match = zoo.load(self.weights, self.backbone, self.size, **self.backbone_numbers)
+        state = backbone.state_dict()
+        for module in method.modules():
+            if type(module) is type(method.backbone) and module.state_dict().keys() == state.keys():
+                module.load_state_dict(state)
+        return f"{self.weights}: {match}"
+
     # ------------------------------------------------------------ shown and stored
 
     def describe(self, images: int | None = None) -> str:
@@ -259,6 +274,7 @@ class Recipe:
         rows = [("method", "method", self.method),
                 ("backbone", "backbone", f"{self.backbone} at {self.size} px"
                  + "".join(f", {k} {v}" for k, v in self.backbone_numbers.items())), ("data", "data", self.data),
+                *[("begins with", "weights", self.weights)] * bool(self.weights),
                 ("total batch", "batch",
                  f"{self.gpus} x {self.batch} x {self.accum} = {self.total_batch} images per step"
                  + f", {self.chunk} at a time through the backbone, twice" * bool(self.chunk)),

@@ -25,6 +25,7 @@ import psutil
 import torch
 from torch import nn
 
+from . import methods
 from .errors import InputError
 from .files import FULL, append_jsonl, checksum, os_error, read_jsonl, save_tensors, sync_folder, write_atomic
 from .recipes import Recipe
@@ -53,12 +54,17 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """recipe.json: recipe, seed, precision, workers, compile, trackers."""
+        """recipe.json: recipe, seed, workers, compile, trackers, and where the user's own files lie that it names."""
         return json.loads((self.path / "recipe.json").read_text())
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe.from_json(self.settings["recipe"])
+        settings = self.settings
+        said, found = settings["recipe"], {}
+        for name, place in settings.get("files", {}).items():  # a run is opened from other folders too
+            if methods.located(said[name]) != place and os.path.isfile(place.rpartition(":")[0]):
+                found[name] = place
+        return Recipe.from_json({**said, **found})
 
     @property
     def seed(self) -> int:
@@ -298,6 +304,4 @@ def code_changed(run: Run) -> bool:
 
 def code_of(method: str) -> str:
     """A checksum of the file that a method stands in: what was measured with another one is stale."""
-    from . import methods
-
     return checksum(Path(sys.modules[methods.get(method).__module__].__file__))

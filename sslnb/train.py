@@ -104,6 +104,10 @@ class Trainer:
 
         torch.manual_seed(self.seed)  # before anything is built, and the same everywhere
         method = recipe.build()
+        if recipe.weights and not run.checkpoints():
+            said = recipe.begin(method)
+            if self.main:
+                print(said, flush=True)
         if method.sync_bn and world > 1:
             sync_batchnorm(method, self.cuda)
         if recipe.chunk:
@@ -112,6 +116,8 @@ class Trainer:
         self.method = method
         self.optimizer = optim.build(method.param_groups(recipe), recipe)
         model = launch.compiled(method) if settings["compile"] else method
+        if self.main and settings["compile"]:
+            print("compiled in the first step, which may take minutes", flush=True)
         self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
         self.model.train()
         torch.manual_seed(self.seed * 1009 + rank + 1)  # from here on (masks, dropout) processes must differ

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from . import limits, methods, optim
+from . import backbones, limits, methods, optim
 from .errors import InputError
 from .methods.base import Method
 from .parts import Queue
@@ -29,6 +29,8 @@ def try_out(recipe: Recipe, total: int) -> None:
                     raise InputError(f"{recipe.method} has no self.backbone, which is what evaluation keeps of it; set "
                                      "it in __init__.")
                 optim.build(method.param_groups(recipe), recipe)
+                if not limits.is_ours(recipe.method):
+                    _keeps(method, recipe)
             views = method.views(recipe.size)
             if method.monitored:  # not a protocol, whose images may bring boxes
                 normal = views.normalize
@@ -36,18 +38,45 @@ def try_out(recipe: Recipe, total: int) -> None:
         except InputError:
             raise
         except Exception as error:
+            said = f"({type(error).__name__}: {' '.join(str(error).split())})"
             raise InputError(f"{recipe.method} on {recipe.backbone} at {recipe.size} px cannot be built with "
-                             f"{_numbers(recipe)} ({type(error).__name__}: {' '.join(str(error).split())}); change "
-                             "what that names.") from error
+                             f"{_numbers(recipe)}{_where(error, recipe)} {said}; change what that names.") from error
         if method.monitored and normal != Normalize():
             raise InputError(f"{recipe.method}: its first view is normalised by {normal}, but evaluation shows every "
                              "backbone images that are normalised by Normalize(); end the view with that.")
+        if ":" in recipe.backbone:
+            _own_backbone(recipe)
         if method.monitored:
             _step(method, recipe, views)
             if not limits.is_ours(recipe.method):
                 _own_forward(recipe, views)
     if recipe.pool != "model" and not hasattr(method.backbone, "num_prefix_tokens"):
         raise InputError(f"pool {recipe.pool!r} is impossible for {recipe.backbone}, which has no tokens: use 'model'.")
+
+
+def _keeps(method: Method, recipe: Recipe) -> None:
+    """InputError if the backbone is another network than the recipe's, which nobody could build again."""
+    named = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers).state_dict()
+    kept = method.backbone.state_dict()
+    if wrong := [k for k in {**named, **kept} if k not in named or k not in kept or named[k].shape != kept[k].shape]:
+        raise InputError(f"{recipe.method} has another self.backbone than the {recipe.backbone} that its constructor "
+                         f"is given ({wrong[0]} differs): evaluation builds it by its name in the recipe. Write "
+                         "backbone='my_file.py:my_net' there, with a function my_net(size) that makes yours.")
+
+
+def _own_backbone(recipe: Recipe) -> None:
+    """InputError unless a backbone of the user's own gives features as it says, of images of noise on the CPU."""
+    net = recipe.build().backbone.eval()
+    try:
+        with torch.no_grad():
+            features = net(torch.randn(2, 3, recipe.size, recipe.size))
+    except Exception as error:
+        raise InputError(f"{recipe.backbone}: forward with 2 images of {recipe.size} px failed{_where(error, recipe)} "
+                         f"({type(error).__name__}: {' '.join(str(error).split())}); mend it.") from error
+    found = f"the shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
+    if found != f"the shape {(2, net.num_features)}":
+        raise InputError(f"{recipe.backbone}: forward with 2 images gives {found}; its num_features is "
+                         f"{net.num_features}, so it must give a tensor of the shape {(2, net.num_features)}.")
 
 
 def _own_forward(recipe: Recipe, views: list[torch.Tensor]) -> None:
@@ -68,12 +97,18 @@ def _own_forward(recipe: Recipe, views: list[torch.Tensor]) -> None:
     except InputError:
         raise
     except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(f"{name}: forward with {few} images failed in {at.filename}, line {at.lineno} "
-                         f"({type(error).__name__}: {' '.join(str(error).split())}); mend it.") from error
+        raise InputError(f"{name}: forward with {few} images failed{_where(error, recipe)} ({type(error).__name__}: "
+                         f"{' '.join(str(error).split())}); mend it.") from error
     if found := _wrong(out):
         raise InputError(f"{name}: forward gives {found}; it must return a dict of tensors with a scalar 'loss' that "
                          "can be differentiated.")
+
+
+def _where(error: Exception, recipe: Recipe) -> str:
+    """The last line of the user's own files that led to an error, in words; "" if none of theirs did."""
+    files = {methods.located(name).rpartition(":")[0] for name in (recipe.method, recipe.backbone) if ":" in name}
+    lines = [at for at in traceback.extract_tb(error.__traceback__) if at.filename in files]
+    return f" in {lines[-1].filename}, line {lines[-1].lineno}" if lines else ""
 
 
 def _wrong(out: object) -> str:
@@ -122,6 +157,9 @@ def _step(method: Method, recipe: Recipe, views: list[torch.Tensor]) -> None:
             raise InputError(f"batch {recipe.batch} is too small for {recipe.method}: its batch norms need more than "
                              "one image at a time; use 2 or more.") from error
         if at_work and not isinstance(error, NotImplementedError) and "meta" not in str(error).lower():
-            sizes = " and ".join(map(str, sorted({view.shape[-1] for view in views})))
-            raise InputError(f"{recipe.backbone} cannot take the views of {sizes} px that {recipe.method} shows it "
-                             f"({' '.join(str(error).split())}); use another size or backbone.") from error
+            sizes = sorted({view.shape[-1] for view in views})
+            flexible = (", or backbone_numbers={'dynamic_img_size': True}, with which a timm ViT takes several sizes"
+                        ) * (len(sizes) > 1 and hasattr(method.backbone, "dynamic_img_size"))
+            raise InputError(f"{recipe.backbone} cannot take the views of {' and '.join(map(str, sizes))} px that "
+                             f"{recipe.method} shows it ({' '.join(str(error).split())}); use another size or backbone"
+                             f"{flexible}.") from error

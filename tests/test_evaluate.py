@@ -1,5 +1,6 @@
 """Evaluation against oracles: nested loops, scikit-learn, numbers worked out by hand."""
 
+import csv
 import importlib
 import json
 import math
@@ -839,6 +840,26 @@ def test_extract_hands_the_pool_on(pictures):
         f = extract(vit, pictures, size=12, pool=pool)
         assert torch.allclose(f.x, want, atol=1e-5)
     assert not torch.allclose(backbones.features(vit, x, "mean"), want)
+
+
+def test_a_table_for_papers_and_files_and_runs_of_one_name_in_several_folders():
+    rows = [{"source": "run", "protocol": "knn, k_20", "top1": 80.0, "interval": [70.0, 90.0], "judged": "/a/run"},
+            {"source": "run", "protocol": "knn, k_20", "top1": 60.0, "interval": [50.0, 70.0], "judged": "/b/run"},
+            {"source": "raw pixels", "protocol": "knn, k_20", "top1": 9.0, "judged": "/b/run"}]
+    assert table(rows).splitlines()[1:] == ["a/run       80.0 [70.0, 90.0]", "b/run       60.0 [50.0, 70.0]",
+                                            "raw pixels  9.0"]
+    assert table(rows[1:2]).splitlines()[1] == "run       60.0 [50.0, 70.0]"
+    assert table(rows, [{"protocol": "knn", "source": "paper", "top1": 50.0}], style="markdown").splitlines() == [
+        "| features   | knn, k_20         |", "| ---------- | ----------------- |",
+        "| a/run      | 80.0 [70.0, 90.0] |",
+        "| b/run      | 60.0 [50.0, 70.0] |", "| raw pixels | 9.0               |", "",
+        "published (knn, paper): 50.0"]
+    assert list(csv.reader(table(rows, style="csv").splitlines()))[:2] == [
+        ["features", "knn, k_20"], ["a/run", "80.0 [70.0, 90.0]"]]
+    latex = table(rows, style="latex").splitlines()
+    assert latex[0] == r"\begin{tabular}{lr}" and latex[2] == r"features & knn, k\_20 \\"
+    with pytest.raises(InputError, match="Unknown style of a table 'tex': did you mean 'text'"):
+        table(rows, style="tex")
 
 
 def test_table():

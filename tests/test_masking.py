@@ -244,6 +244,12 @@ def test_transformers_in_which_a_patch_would_lose_its_place_are_refused(name, ba
         methods.recipes(name)["demo"].with_(backbone=backbone, backbone_numbers=numbers).build()
 
 
+@pytest.mark.parametrize("name", ["mae", "cae"])
+def test_positions_that_would_be_left_out_where_patches_are_dropped_are_refused(name):
+    with pytest.raises(InputError, match="no relative or rotary ones, which this Eva has; use vit_mini"):
+        methods.recipes(name)["demo"].with_(backbone="eva02_tiny_patch14_224", backbone_numbers={}).build()
+
+
 def test_the_decoder_knows_where_its_holes_are():
     torch.manual_seed(0)
     decoder = methods.recipes("mae")["demo"].build().eval().decoder

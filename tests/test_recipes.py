@@ -15,7 +15,9 @@ from sslnb import evaluate, limits, methods, pretrain
 from sslnb.checks import prepare
 from sslnb.choice import OF_VIEWS, _nearest, is_imagenet, resolve
 from sslnb.errors import InputError
+from sslnb.evaluate.sources import open_source
 from sslnb.recipes import Recipe, method_numbers
+from sslnb.run import Run
 from sslnb.trial import try_out
 
 ALL = [(m, name) for m in methods.METHODS for name in methods.recipes(m)]
@@ -262,6 +264,17 @@ def test_views_that_a_backbone_cannot_take_are_told_before_any_work(method, back
     assert not (tmp_path / "run").exists()
 
 
+def test_a_transformer_for_views_of_several_sizes_is_told_how_it_can_take_them(tmp_path):
+    own(tmp_path)
+    file = tmp_path / "mine.py"
+    file.write_text(file.read_text().replace("count=2))", "count=2), View(RandomResizedCrop(12), Normalize()))")
+                    .replace("(views[0])", "(views[2])"))
+    recipe = resolve(f"{file}:Mine", backbone="vit_mini")
+    with pytest.raises(InputError, match="of 12 and 20 px .* or backbone_numbers={'dynamic_img_size': True}"):
+        prepare(recipe, out=tmp_path / "run")
+    prepare(recipe.with_(backbone_numbers={"dynamic_img_size": True}), out=tmp_path / "run")
+
+
 @pytest.mark.parametrize("method", methods.METHODS)
 def test_demos_show_photographs_as_the_method_does_and_digits_as_we_chose(method):
     demo, defaults = methods.recipes(method)["demo"], method_numbers(method)
@@ -306,7 +319,12 @@ def test_the_shape_of_a_schedule_survives_a_short_trial():
     (lambda: resolve("mae", size=30).build(), "size 30 cannot be cut into patches of 4"),
     (lambda: resolve("mae", backbone="resnet18").build(), "mae needs a vision transformer"),
     (lambda: resolve("byol").steps_per_epoch(50), "batch is larger than the data.* only 50"),
+    (lambda: resolve("mae", backbone="vit_tinny_patch16_224").build(), "did you mean 'vit_tiny_patch16_224'"),
+    (lambda: open_source("resnet5O", 0), "did you mean 'resnet50'"),
+    (lambda: resolve("byol", backbone_numbers={"in_chans": 4}).build(), "in_chans 4 of resnet_mini .* read in RGB"),
+    (lambda: resolve("byol", backbone_numbers={"pretrained": True}).build(), "begin with `weights` in the recipe"),
     (lambda: methods.get("nowhere.py:Thing"), "no file nowhere.py"),
+    (lambda: methods.get("../nowhere.py:Thing"), "no file ../nowhere.py"),
 ])
 def test_bad_input_is_one_sentence_with_a_remedy(call, words):
     with pytest.raises(InputError, match=words) as caught:
@@ -587,6 +605,9 @@ def test_a_file_is_the_same_from_another_folder_and_a_changed_one_is_told(tmp_pa
     assert "has changed since" not in capsys.readouterr().out
     assert pretrain(resolve("../mine.py:Mine"), out="run").path == run.path
     assert "But since then the file of ../mine.py:Mine changed: resume=False trains anew" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    assert pretrain(resolve("mine.py:Mine"), out="notebooks/run").status() == Run(tmp_path / "notebooks/run").status()
+    monkeypatch.chdir(tmp_path / "notebooks")
     for text, words in (("RECIPES = 3\nclass Mine: pass", "RECIPES of .* is a int; write RECIPES = {"),
                         ("from .base import Method", "import from the package, as in")):
         (tmp_path / "mine.py").write_text(text)
@@ -594,6 +615,81 @@ def test_a_file_is_the_same_from_another_folder_and_a_changed_one_is_told(tmp_pa
             resolve("../mine.py:Mine")
     with pytest.raises(InputError, match="say which class of the file, as in '../mine.py:MyMethod'"):
         resolve("../mine.py")
+
+
+def test_a_run_of_ones_own_method_opens_from_any_folder_and_follows_its_file_where_both_are_moved(tmp_path,
+                                                                                                   monkeypatch):
+    (tmp_path / "project").mkdir()
+    own(tmp_path / "project", name="mine.py")
+    monkeypatch.chdir(tmp_path / "project")
+    run = prepare(resolve("mine.py:Mine"), out="run")
+    assert run.recipe.method == "mine.py:Mine"
+    (tmp_path / "mine.py").write_text("RECIPES = {}")  # another file of that name
+    monkeypatch.chdir(tmp_path)
+    run = Run.open("project/run")
+    assert run.recipe.build() and run.recipe.method == f"{tmp_path}/project/mine.py:Mine"
+    (tmp_path / "project").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert Run.open("run").recipe.method == "mine.py:Mine" and Run.open("run").recipe.build()
+
+
+NETS = """
+from torch import nn
+
+
+class Net(nn.Module):
+    num_features = 12
+
+    def __init__(self, size, width=12):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, width, 4, 4), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return self.norm(self.stem(x)).mean((2, 3))
+
+
+def bare(size):
+    return nn.Flatten()
+"""
+
+
+def test_a_network_of_ones_own_is_a_backbone_for_training_evaluation_and_export(tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    run = pretrain(tiny("byol", backbone="nets.py:Net", epochs=1), out="run")
+    x = torch.randn(2, 3, 20, 20)
+    wanted = run.backbone()(x)
+    torch.save(run.backbone().state_dict(), "net.pth")
+    folder = run.export()
+    assert "sslnb.backbones.build('nets.py:Net', 20)" in (folder / "README.md").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for source, name in (("../run", None), ("../run/export", None), ("../net.pth", "../nets.py:Net")):
+        opened = open_source(source, 0, name)
+        assert torch.equal(opened.backbone(20).eval()(x), wanted) and opened.fresh(20)(x).shape == (2, 12)
+    assert open_source("../nets.py:Net", 0).fresh_weights
+
+
+@pytest.mark.parametrize("method, name, numbers, words", [
+    ("simclr", "nets.py:bare", {}, "gives a Flatten whose num_features is None; it must be an nn.Module that says"),
+    ("simclr", "nets.py:Net", {"width": 7}, r"gives the shape \(2, 7\); its num_features is 12, so it must give a"),
+    ("simclr", "nets.py:Net", {"depth": 7}, "called with the size of the images, 20, and .'depth': 7.: got an unexp"),
+    ("simclr", "nets.py:Nut", {}, "Backbone 'nets.py:Nut': nets.py defines no Nut"),
+    ("simclr", "nuts.py:Net", {}, "Backbone 'nuts.py:Net': there is no file nuts.py here"),
+    ("simclr", "nets.py:Net", {"sobel": True}, "let nets.py:Net filter its images itself"),
+    ("densecl", "nets.py:Net", {}, "Net has no forward_features, which gives the map"),
+    ("mae", "nets.py:Net", {}, "mae needs a vision transformer"),
+    ("mine.py:Mine", "resnet_mini", {}, "another self.backbone than the resnet_mini .* backbone='my_file.py:my_net'")])
+def test_a_network_of_ones_own_that_does_not_fit_is_told_before_any_work(tmp_path, monkeypatch, method, name, numbers,
+                                                                         words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    own(tmp_path, name="mine.py")
+    mine = tmp_path / "mine.py"
+    mine.write_text(mine.read_text().replace("self.backbone = backbone", "self.backbone = nn.Sequential(backbone)"))
+    with pytest.raises(InputError, match=words):
+        prepare(resolve(method, backbone=name, backbone_numbers=numbers, data="digits", batch=64))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_rows_of_byol_and_cae_are_the_codes():

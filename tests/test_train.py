@@ -88,6 +88,39 @@ def test_a_finished_run_is_not_repeated(tiny, tmp_path, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in again.path.rglob("*.pt")} and len(again.provenance()) == 1
 
 
+@pytest.mark.parametrize("method", ["byol", "mocov3", "mae", "cae"])
+def test_a_backbone_and_its_slow_copy_begin_with_given_weights_also_where_a_method_draws_its_own(tiny, tmp_path,
+                                                                                              monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    pretrain(tiny(method, epochs=1), out="first")
+    further = tiny(method, epochs=1, weights="first", lr=0.0)
+    run = prepare(further, out=tmp_path / "further")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    wanted = Run("../first").backbone().state_dict()
+    begun = Trainer(Run("../further")).method
+    copies = [m.state_dict() for m in begun.modules() if type(m) is type(begun.backbone)]
+    assert len(copies) == (1 if method == "mae" else 2)
+    for state in copies:
+        assert state.keys() <= wanted.keys() and all(torch.equal(state[name], wanted[name]) for name in state)
+    assert f"begins with  {tmp_path / 'first'}   [ours]" in run.recipe.describe()
+
+
+def test_a_run_that_began_with_weights_goes_on_without_them_and_says_what_does_not_fit(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = pretrain(tiny("simclr", epochs=1), out="first")
+    assert prepare(tiny("simclr"), out="auto").path != prepare(tiny("simclr", weights="first"), out="auto").path
+    run = prepare(tiny("simclr", weights="first"), out="further")
+    train_until(run, 5)
+    shutil.rmtree(first.path)
+    assert pretrain(tiny("simclr", weights="first"), out="further").status()["state"] == "done"
+    for weights, words in (("first", "'first' is neither a file nor the name of a published one"),
+                           ("further", "further/backbone.safetensors does not f")):
+        with pytest.raises(InputError, match=words):
+            prepare(tiny("simclr", weights=weights, backbone="resnet18"), out="other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_another_recipe_in_the_same_place_is_refused_or_moved_aside(tiny, tmp_path):
     pretrain(tiny(epochs=1), out=tmp_path / "run")
     with pytest.raises(InputError, match="holds another run .*lr: .* there, 0.5 now"):

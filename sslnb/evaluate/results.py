@@ -1,12 +1,16 @@
 """Results as data: intervals, and a table to read."""
 
+import csv
+import io
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, unknown
 from ..run import versions
 
 
@@ -47,24 +51,49 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, 
     return mean - float(half), mean + float(half)
 
 
-def table(rows: Sequence[dict], published: Sequence[dict] | None = None) -> str:
+STYLES = ("text", "markdown", "latex", "csv")
+
+
+def table(rows: Sequence[dict], published: Sequence[dict] | None = None, style: str = "text") -> str:
     """Rows of `evaluate` as aligned text: features down, protocols across, "88.1 [86.0, 89.9]" in %.
 
     A later row replaces an earlier one of the same features, protocol and size, and the lines say the size where one
     protocol has several. Rows without one number that sums them up, such as curves of low shot, are left out.
+    Runs of one name in several folders have the folder before it.
     `published` numbers (dicts with `top1`, `protocol`, `source`) come below, in lines of their own: they belong to
     other data and protocols than the cells above.
+    `style`: "text" or "markdown", or, without what was published, "latex" (a tabular) or "csv". Errors: InputError for
+    another.
     """
+    if style not in STYLES:
+        unknown("style of a table", style, STYLES)
     rows = [row for row in rows if shown(row)]
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     sized = {(row["protocol"], row["size"]) for row in rows if "size" in row}
     several = len(sized) > len({protocol for protocol, _ in sized})
-    features = [f"{row['source']}, {row['size']} px" if several and "size" in row else row["source"] for row in rows]
+    runs = {path for row in rows if (path := Path(row.get("judged", ""))).name == row["source"]}
+    names = [path.name for path in runs]
+    called = {path: f"{path.parent.name}/{path.name}" for path in runs if names.count(path.name) > 1}
+    features = [called.get(path, path.name) if (path := Path(row.get("judged", ""))) in runs
+                and path.name == row["source"] else row["source"] for row in rows]
+    features = [f"{name}, {row['size']} px" if several and "size" in row else name
+                for name, row in zip(features, rows, strict=True)]
     cells = {(name, row["protocol"]): shown(row) for name, row in zip(features, rows, strict=True)}
     grid = [["features", *protocols]]
     grid += [[name, *(cells.get((name, p), "–") for p in protocols)] for name in dict.fromkeys(features)]
     widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in grid]
+    if style == "csv":
+        csv.writer(file := io.StringIO(), lineterminator="\n").writerows(grid)
+        return file.getvalue().rstrip("\n")
+    if style == "latex":
+        head, *body = [" & ".join(re.sub(r"([&%$#_{}])", r"\\\1", c) for c in line) + r" \\" for line in grid]
+        return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(protocols)}}}", r"\hline", head, r"\hline", *body,
+                          r"\hline", r"\end{tabular}"])
+    if style == "markdown":
+        grid.insert(1, ["-" * w for w in widths])
+    pad = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in grid]
+    lines = [f"| {' | '.join(line)} |" if style == "markdown" else "  ".join(line).rstrip() for line in pad]
+    lines += [""] * (style == "markdown" and bool(published))
     lines += [f"published ({p['protocol']}, {p['source']}): {p['top1']:.1f}" for p in published or ()]
     return "\n".join(lines)
 

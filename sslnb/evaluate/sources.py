@@ -104,8 +104,10 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
         return _from_file(source, seed, backbone, numbers)
     if Path(source).is_dir():
         return _from_run(Run.open(source), seed)
-    if isinstance(source, Path) or "/" in source.partition(":")[0] or source.endswith(WEIGHTS):
+    if isinstance(source, Path) or "/" in source and ":" not in source or source.endswith(WEIGHTS):
         raise InputError(f"There is no run directory or file {str(source)!r}: give one that exists, or a timm name.")
+    if ":" not in source:
+        backbones.check_name(source)  # before anything is loaded for it
     build = _seeded(seed, lambda size: backbones.build(source, size))
     return Source(f"{source} (untrained)", build, build, architecture=source, fresh_weights=True, origin=source)
 

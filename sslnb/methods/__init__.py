@@ -71,6 +71,16 @@ def recipes(name: str) -> dict:
     return found
 
 
+def located(name: str) -> str:
+    """`my_file.py:MyMethod` with the whole path of the file, which holds from any folder; another name as it is."""
+    file, _, part = name.rpartition(":")
+    return f"{os.path.abspath(_path(file))}:{part}" if file and _path(file).is_file() else name
+
+
+def _path(file: str) -> Path:
+    return Path(file if file.endswith(".py") else f"{file}.py")
+
+
 def _same_class(one: str, other: str) -> bool:
     if ":" in one and Path(one).name == Path(other).name:
         return True
@@ -81,19 +91,27 @@ def _same_class(one: str, other: str) -> bool:
 
 
 def _module(name: str):
-    if ":" not in name:
-        if name.endswith(".py"):
-            raise InputError(f"Method {name!r}: say which class of the file, as in '{name}:MyMethod'.")
-        if name not in METHODS:
-            unknown("method", name, METHODS)
-        return importlib.import_module("." + METHODS[name].partition(":")[0], __name__)
-    place, _, cls = name.rpartition(":")
-    path = Path(place if place.endswith(".py") else f"{place}.py")
+    if ":" in name:
+        return users_module(name, "Method", "RECIPES")
+    if name.endswith(".py"):
+        raise InputError(f"Method {name!r}: say which class of the file, as in '{name}:MyMethod'.")
+    if name not in METHODS:
+        unknown("method", name, METHODS)
+    return importlib.import_module("." + METHODS[name].partition(":")[0], __name__)
+
+
+def users_module(name: str, kind: str, *needed: str):
+    """The module that `my_file.py:part` or `package.module:part` names, a `kind` of thing such as "Method", which has
+    the part, and what else is `needed`. Errors: InputError."""
+    place, _, part = name.rpartition(":")
+    path = _path(place)
     if not path.is_file():
         try:
+            if place.startswith(".") or not place:
+                raise ImportError("which is no name of a module")
             module = importlib.import_module(place)
         except ImportError as error:
-            raise InputError(f"Method {name!r}: there is no file {path} here and no module {place!r} "
+            raise InputError(f"{kind} {name!r}: there is no file {path} here and no module {place!r} "
                              f"({error}).") from None
     elif (key := f"{USERS}{path.stem}_{path.stat().st_mtime_ns}") in sys.modules:
         module = sys.modules[key]
@@ -108,7 +126,7 @@ def _module(name: str):
                 raise InputError(f"{path}: {error}; import from the package, as in `from sslnb.methods.base import "
                                  "Method`.") from error
             raise
-    for needed in (cls, "RECIPES"):
-        if not hasattr(module, needed):
-            raise InputError(f"Method {name!r}: {place} defines no {needed}.")
+    for one in (part, *needed):
+        if not hasattr(module, one):
+            raise InputError(f"{kind} {name!r}: {place} defines no {one}.")
     return module

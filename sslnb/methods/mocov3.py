@@ -36,7 +36,7 @@ class MoCoV3(Method):
         super().__init__()
         self.backbone = backbone
         if hasattr(backbone, "patch_embed"):
-            need_absolute_positions(backbone, "mocov3")
+            need_absolute_positions(backbone, "mocov3", rotary=True)
             init_vit(backbone)
             backbone.patch_embed.requires_grad_(not freeze_patch)  # before the optimizer is built, and before the copy
         # Batch norms at the outputs neither scale nor shift.

@@ -42,7 +42,7 @@ def load(source: str | Path, backbone: str | None = None, size: int | None = Non
     opened = _open(source)
     name, numbers, native = _network(opened, backbone, numbers, size)
     model = build(name, native, **numbers)
-    plain = opened.plain(model if backbone else None)
+    plain = opened.plain(model if backbone or ":" in name else None)
     taken, match = fit(opened.state, plain, model)
     check(match, str(opened.path), name)
     model.load_state_dict(taken)

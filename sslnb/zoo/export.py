@@ -82,8 +82,9 @@ def _mm_name(name: str) -> str:
 
 
 def _ours(recipe, backbone) -> bool:
-    """Whether the network has a stem that timm has no name for: it would build another one without a word."""
-    return bool(recipe.backbone_numbers.get("sobel")) or small_stem(backbone, recipe.size)
+    """Whether timm has no name for the network: a user's own, or one with a stem that timm would build another way
+    without a word."""
+    return ":" in recipe.backbone or bool(recipe.backbone_numbers.get("sobel")) or small_stem(backbone, recipe.size)
 
 
 def _config(recipe, backbone) -> dict[str, Any]:
