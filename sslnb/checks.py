@@ -24,6 +24,7 @@ from .recipes import Recipe, method_numbers
 from .run import Run
 from .trial import try_out
 
+TOLD = ("note", "published", "source", "sources")  # what a recipe only says: a better word makes no other run of it
 FREE = ("workers", "compile", "trackers", "files")  # how a run is trained, not which one it is: the latest call says it
 FEW = 5  # values of a recipe that make no other one of it, to a reader
 _shown: dict[str, Recipe] = {}  # the last recipe of each method that this notebook has shown in full
@@ -127,6 +128,7 @@ def _default_out(settings: dict) -> Path:
     if weights := _weights(r.pop("weights")):
         r["weights"] = weights
     r["numbers"] = {name: value for name, value in r["numbers"].items() if name != "images"}  # which the data decide
+    r = {name: value for name, value in r.items() if name not in TOLD}
     defining = {**{name: value for name, value in settings.items() if name not in FREE}, "recipe": r}
     tag = hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{r['method'].rpartition(':')[2]}-{Path(r['data']).stem}-ep{r['epochs']}-seed{settings['seed']}-{tag}"
@@ -138,6 +140,8 @@ def _finished(recipe: Recipe, out: str | Path, seed: int) -> Run | None:
     run = Run(out if out != "auto" else _default_out({"recipe": recipe.to_json(), "seed": seed}))
     if not os.path.isfile(run.path / "recipe.json") or run.status().get("state") != "done":
         return None  # isfile is False also for what cannot be a path; `_claim` says so
+    if located(recipe.data) != located(run.recipe.data):
+        return None  # `_claim` looks whether these are its images, which have moved
     if "images" in method_numbers(recipe.method):  # as many as there were
         recipe = recipe.with_(images=run.recipe.numbers.get("images"))
     _same(run, {"recipe": recipe.to_json(), "seed": seed})
@@ -208,9 +212,8 @@ def _write_settings(run: Run, settings: dict, images: Images) -> None:
     if _begun(run):
         _same(run, settings, moved=began_with(run) == contents(images))
         recipe = {**run.settings["recipe"], "data": settings["recipe"]["data"]}
-        settings = {**run.settings, **{name: settings[name] for name in FREE}, "recipe": recipe}
-        if run.status().get("state") == "done":  # it says how it was trained
-            return
+        free = {name: settings[name] for name in FREE if run.status().get("state") != "done"}  # which says how it was
+        settings = {**run.settings, **free, "recipe": recipe}
     write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
 
 
@@ -242,7 +245,7 @@ def _same(run: Run, settings: dict, moved: bool = False) -> None:
         recipe["weights"] = _weights(recipe["weights"])
         recipe |= {name: methods.located(said) for name, said in _in_files(recipe).items()}
     changed = [f"{k}: {there[k]} there, {v} now" for k, v in now.items()
-               if there[k] != v and k not in ("note", "published", "source", "sources")]
+               if there[k] != v and k not in TOLD]
     changed += [f"seed: {old['seed']} there, {settings['seed']} now"] * (old["seed"] != settings["seed"])
     if changed:
         raise InputError(f"{run.path} holds another run ({'; '.join(changed[:3])}); choose another `out`, or "

@@ -172,7 +172,7 @@ class Recipe:
                 unknown(f"recipe value for {self.method}", name, [*fields, *known])
         if numbers:
             own["numbers"] = {**self.numbers, **own.get("numbers", {}), **numbers}
-        if self.steps and "epochs" in own and "steps" not in own:
+        if self.steps and "epochs" in own and own.get("steps", self.steps):
             raise InputError(f"epochs {own['epochs']!r} does not shorten this recipe, which is {self.steps:,} "
                              "optimizer steps long; give steps instead.")
         length = "steps" if self.steps else "epochs"

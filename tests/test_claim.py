@@ -164,6 +164,7 @@ def test_they_lead_to_the_same_directory(tiny, tmp_path, monkeypatch):
     first, other = prepare(tiny()), prepare(tiny(), workers=0, compile=True, trackers=("tensorboard",))
     assert first.path == other.path != prepare(tiny(), seed=1).path
     assert prepare(tiny()).settings["workers"] == "auto"
+    assert prepare(tiny().with_(note="said better", source="paper")).path == first.path
 
 
 def test_a_value_that_failed_at_once_can_be_corrected(tiny, tmp_path, monkeypatch):

@@ -371,6 +371,8 @@ def test_a_recipe_in_steps_is_that_long_and_its_milestones_are_steps():
     assert r.name.endswith("st24000") and "24,000 steps = 23.2 epochs" in r.describe(1034 * 16)
     with pytest.raises(InputError, match="epochs 3 does not shorten this recipe, which is 24,000 optimizer steps long"):
         r.with_(epochs=3)
+    with pytest.raises(InputError, match="epochs 3 does not shorten this recipe"):
+        r.with_(epochs=3, steps=50)
 
 
 def test_what_is_held_out_is_not_trained_on():

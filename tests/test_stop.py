@@ -214,6 +214,11 @@ def test_a_run_goes_on_where_its_images_lie_now_and_with_no_others(tiny, tmp_pat
     with pytest.raises(InputError, match="holds another run .data: .*elsewhere there, .*others now"):
         prepare(recipe, tmp_path / "others", out)
     assert pretrain(recipe, tmp_path / "elsewhere", out).status()["state"] == "done"
+    (tmp_path / "elsewhere").rename(tmp_path / "again elsewhere")
+    done = pretrain(recipe, tmp_path / "again elsewhere", out)
+    assert len(done.provenance()) == 2 and done.recipe.data == str(tmp_path / "again elsewhere")
+    with pytest.raises(InputError, match="holds another run .data: .*again elsewhere there, .*others now"):
+        prepare(recipe, tmp_path / "others", out)
 
 
 EDITED = """

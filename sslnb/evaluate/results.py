@@ -71,17 +71,11 @@ def table(rows: Sequence[dict], published: Sequence[dict] | None = None, style: 
     protocols = list(dict.fromkeys(row["protocol"] for row in rows))
     sized = {(row["protocol"], row["size"]) for row in rows if "size" in row}
     several = len(sized) > len({protocol for protocol, _ in sized})
-    runs = {path for row in rows if (path := Path(row.get("judged", ""))).name == row["source"]}
-    names = [path.name for path in runs]
-    called = {path: f"{path.parent.name}/{path.name}" for path in runs if names.count(path.name) > 1}
-    features = [called.get(path, path.name) if (path := Path(row.get("judged", ""))) in runs
-                and path.name == row["source"] else row["source"] for row in rows]
     features = [f"{name}, {row['size']} px" if several and "size" in row else name
-                for name, row in zip(features, rows, strict=True)]
+                for name, row in zip(_names(rows), rows, strict=True)]
     cells = {(name, row["protocol"]): shown(row) for name, row in zip(features, rows, strict=True)}
     grid = [["features", *protocols]]
     grid += [[name, *(cells.get((name, p), "–") for p in protocols)] for name in dict.fromkeys(features)]
-    widths = [max(len(line[i]) for line in grid) for i in range(len(grid[0]))]
     if style == "csv":
         csv.writer(file := io.StringIO(), lineterminator="\n").writerows(grid)
         return file.getvalue().rstrip("\n")
@@ -89,6 +83,7 @@ def table(rows: Sequence[dict], published: Sequence[dict] | None = None, style: 
         head, *body = [" & ".join(re.sub(r"([&%$#_{}])", r"\\\1", c) for c in line) + r" \\" for line in grid]
         return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(protocols)}}}", r"\hline", head, r"\hline", *body,
                           r"\hline", r"\end{tabular}"])
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     if style == "markdown":
         grid.insert(1, ["-" * w for w in widths])
     pad = [[c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in grid]
@@ -96,6 +91,14 @@ def table(rows: Sequence[dict], published: Sequence[dict] | None = None, style: 
     lines += [""] * (style == "markdown" and bool(published))
     lines += [f"published ({p['protocol']}, {p['source']}): {p['top1']:.1f}" for p in published or ()]
     return "\n".join(lines)
+
+
+def _names(rows: Sequence[dict]) -> list[str]:
+    """What the features of each row are called: a run with its folder, where several runs have its name."""
+    runs = [Path(row.get("judged", "")) for row in rows]
+    names = [run.name for run in {*runs}]
+    return [f"{run.parent.name}/{run.name}" if run.name == row["source"] and names.count(run.name) > 1
+            else row["source"] for row, run in zip(rows, runs, strict=True)]
 
 
 def shown(row: dict) -> str:
