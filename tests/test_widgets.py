@@ -266,6 +266,11 @@ def test_the_collapse_panel_draws_five_values_or_six_and_says_a_sentence(runs, c
     both = figures.collapse_panel(runs)
     assert [text.get_text() for text in both.legends[0].texts] == list(runs)
     assert "simclr: " in (said := capsys.readouterr().out) and "mae: " in said and len(both.axes[0].lines) == 2
+    assert both.get_figwidth() < 9, "wider ones cannot be read in a narrow window"
+    for ax in both.axes:
+        low, high = ax.get_ylim()
+        assert all(low <= y <= high for line in ax.lines for y in line.get_ydata())
+        assert low == 0 or "std" not in ax.get_title()
 
 
 def test_pictures_are_drawn_as_they_are(digits):

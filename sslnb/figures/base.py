@@ -74,5 +74,7 @@ def views_grid(views, images: Sequence, draws: int = 0, seed: int = 0) -> Figure
         for view, batch in zip(views.views, views(list(images), seed=seed + draw), strict=True):
             for row, x in zip(rows, view.normalize.undo(batch), strict=True):
                 row.append(x)
-    names = ["image"] + [f"view {v + 1}" for _ in range(draws) for v in range(len(views))]
+    several = len(views) > 1
+    names = ["image"] + [f"view {v + 1}" if several else f"draw {draw + 1}" for draw in range(draws)
+                         for v in range(len(views))]
     return grid(rows, title="What the network gets to see", column_names=names)
