@@ -1,11 +1,11 @@
 """Runs over time, and what they are worth: curves, the collapse panel, accuracies."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from .base import COLORS, STYLES, grid, panels
+from .base import COLORS, STYLES, grid, panels, shortest
 
 
 def curves(runs: Mapping[str, object] | object, value: str = "loss", title: str = "") -> Figure:
@@ -59,6 +59,7 @@ def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
             ax.set_xlabel("epoch", fontsize=9)
             ax.grid(alpha=0.3)
     for ax, key in zip(axes, shown, strict=True):
+        ax.xaxis.get_major_locator().set_params(integer=True)
         if "std" in key:
             ax.set_ylim(0, 1.1 * max((max(line.get_ydata(), default=0) for line in ax.lines), default=0) or 1)
     if len(runs) > 1:
@@ -72,7 +73,7 @@ def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
     if not rows:
         return grid([[np.full((8, 8, 3), 255)]], title="no labels, no accuracy")
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
-    names = _shortest({r["source"] for r in rows})
+    names = shortest({r["source"] for r in rows})
     place = {source: -i for i, source in enumerate(dict.fromkeys(r["source"] for r in rows))}
     fig, (axes,) = panels(1, len(protocols), 9, 1.1 + 0.35 * len(place), sharey=True)
     for ax, protocol in zip(axes, protocols, strict=True):
@@ -89,12 +90,3 @@ def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
         ax.set_title(protocol, fontsize=9)
     axes[0].set_yticks(list(place.values()), [names[source] for source in place], fontsize=9)
     return fig
-
-
-def _shortest(sources: Collection[str]) -> dict[str, str]:
-    """As many first words of each as tell them apart: "byol" of "byol-digits-ep60-seed0", unless there is another."""
-    for words in range(1, max(source.count("-") for source in sources) + 2):
-        names = {source: "-".join(source.split("-")[:words]) for source in sources}
-        if len(set(names.values())) == len(names):
-            break
-    return names
