@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import NoReturn
 
 
-class InputError(ValueError):
-    """The caller asked for something that cannot be done; the message says what, and what to do instead."""
+class Told(BaseException):
+    """What ends a cell with a sentence that needs no more explanation."""
 
     def _render_traceback_(self) -> list[str]:
         """What Jupyter shows: the lines of the reader's cells that asked for it, and the sentence below them. Where in
@@ -24,6 +24,14 @@ class InputError(ValueError):
             shown = TracebackType(shown, place.tb_frame, place.tb_lasti, place.tb_lineno)
         error = type(self)(*self.args)  # without what led to it
         return get_ipython().InteractiveTB.structured_traceback(type(self), error, shown, tb_offset=0)
+
+
+class InputError(Told, ValueError):
+    """The caller asked for something that cannot be done; the message says what, and what to do instead."""
+
+
+class Interrupted(Told, KeyboardInterrupt):
+    """A person stopped a run, which is saved."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> NoReturn:

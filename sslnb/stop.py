@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from .errors import Interrupted
 from .run import alive
 
 
@@ -66,7 +67,7 @@ class Stop:
         """What ends the loop: papermill and shells must see that the run is not finished."""
         if self._orphaned:
             return SystemExit(0)  # nobody is left to see it, and after an error torchrun would start us again
-        return KeyboardInterrupt(self.reason) if self.reason == "SIGINT" else SystemExit(143)
+        return Interrupted(self.reason) if self.reason == "SIGINT" else SystemExit(143)
 
 
 class Patient:

@@ -22,6 +22,7 @@ from .chunks import in_chunks
 from .errors import InputError
 from .evaluate.collapse import output_std
 from .monitor import FiniteWatch, Meter, Monitor
+from .notebook import interactive
 from .parts import sum_over_processes
 from .reading import EpochSampler, ViewSet, image_loader, loader_workers, next_batch
 from .recipes import Recipe
@@ -265,8 +266,8 @@ class Trainer:
         stop.reason = stop.reason or "another process was told to stop"
         if self.main:
             self.run.write_status(state="interrupted", reason=stop.reason)
-            print(f"Stopped at step {self.step} of {self.total} ({stop.reason}) and saved; "
-                  "the same command continues here.", flush=True)
+            again = "run this cell again to go on from" if interactive() else "the same command continues"
+            print(f"Stopped at step {self.step} of {self.total} ({stop.reason}) and saved; {again} here.", flush=True)
         raise stop.exception()
 
     # ------------------------------------------------------------ save and resume

@@ -103,7 +103,8 @@ def mask_board(draw: Callable[[torch.Tensor], Figure], noise: Mapping[int, torch
         for tile, hidden in zip(board.children, now[0].tolist(), strict=True):
             tile.style.button_color = "#444444" if hidden else "#E8E8E8"
             tile.tooltip = "hidden" if hidden else "visible"
-        image.value = _png(draw(now))
+        fig = draw(now)
+        image.value, image.layout.max_width = _png(fig), f"{100 * fig.get_figwidth():.0f}px"
 
     def click(place: int) -> None:
         now, row = mask()[0], noise[grids.value]
@@ -132,7 +133,9 @@ def mask_board(draw: Callable[[torch.Tensor], Figure], noise: Mapping[int, torch
     lay_out()
     hint = w.Label("Click a square to hide it or to show it again.")
     controls = [slider, *([grids] if len(noise) > 1 else []), *more(redraw), hint, board]
-    return w.HBox([w.VBox(controls, layout=w.Layout(flex="0 0 auto", overflow="visible")), image])
+    image.layout.flex = "1 1 500px"  # below that it goes under the board instead of getting smaller beside it
+    return w.HBox([w.VBox(controls, layout=w.Layout(flex="0 0 auto", overflow="visible")), image],
+                  layout=w.Layout(flex_flow="row wrap"))
 
 
 def masking(sources: Mapping[str, object], image=None, mask_ratio: float = 0.6, seed: int = 0):

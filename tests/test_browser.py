@@ -161,3 +161,8 @@ def test_the_mask_ratio_answers_to_the_keyboard_and_the_patches_to_clicks(show):
     changed(page, clicked)
     assert page.locator(".widget-gridbox button[title=hidden]").count() < 38
     looks_right(page)
+    page.set_viewport_size({"width": 900, "height": 1100})
+    page.wait_for_timeout(1000)
+    width = page.locator("img.widget-image").first.evaluate("image => image.width")
+    assert width > 350, "below the board, not beside it"
+    looks_right(page)

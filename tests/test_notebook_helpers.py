@@ -8,7 +8,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
 from sslnb import notebook
-from sslnb.errors import InputError
+from sslnb.errors import InputError, Interrupted
 from sslnb.methods.simclr import SimCLR
 from sslnb.notebook import Progress, TimeLeft, assigned, check, coerce, declared, interactive, same, show
 
@@ -129,6 +129,16 @@ def test_bad_input_shows_the_readers_lines_and_the_sentence_alone(shell, capsys,
         assert call in said and ("return resolve(name)" in said) == ("mine" in call)
         assert f"InputError: {sentence}" in said and said.count("InputError") == 2, "above and below"
         assert "sslnb/" not in said and "During handling" not in said
+
+
+def test_the_stop_button_shows_the_readers_line_alone(shell, capsys, monkeypatch):
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    run(shell, "from sslnb.stop import Stop\nstop = Stop()\nstop.reason = 'SIGINT'",
+        "def train():\n    raise stop.exception()")
+    shell.run_cell("x = 1\ntrain()", store_history=True)
+    said = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert "train()" in said and "Interrupted: SIGINT" in said and "sslnb/" not in said
+    assert issubclass(Interrupted, KeyboardInterrupt)
 
 
 def test_without_a_parameters_cell_the_remedy_is_named(shell):

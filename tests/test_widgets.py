@@ -266,6 +266,11 @@ def test_the_collapse_panel_draws_five_values_or_six_and_says_a_sentence(runs, c
     both = figures.collapse_panel(runs)
     assert [text.get_text() for text in both.legends[0].texts] == list(runs)
     assert "simclr: " in (said := capsys.readouterr().out) and "mae: " in said and len(both.axes[0].lines) == 2
+    assert both.get_figwidth() < 9, "wider ones cannot be read in a narrow window"
+    for ax in both.axes:
+        low, high = ax.get_ylim()
+        assert all(low <= y <= high for line in ax.lines for y in line.get_ydata())
+        assert low == 0 or "std" not in ax.get_title()
 
 
 def test_pictures_are_drawn_as_they_are(digits):
@@ -295,9 +300,21 @@ def test_the_views_grid_draws_as_often_as_there_is_room(digits, name, draws):
     assert len(figures.views_grid(views, digits[:1]).axes) == 1 + draws * len(views)
 
 
+def test_a_logarithmic_axis_is_labelled_with_plain_numbers_that_do_not_touch():
+    fig = figures.against({"a": dict.fromkeys((20, 500, 1000, 1050), 1.0), "b": {0.5: 2.0}}, "images")
+    assert [label.get_text() for label in fig.axes[0].get_xticklabels()] == ["0.5", "20", "500", "1,000"]
+
+
+def test_long_names_of_runs_leave_room_for_the_levels():
+    fig = figures.depths({"simclr-digits_scattered-ep2-seed0-cb6b9c": {"feat1": 1.0}, "raw pixels": {"feat1": 2.0}})
+    assert [text.get_text() for text in fig.axes[0].get_legend().texts] == ["simclr", "raw pixels"]
+
+
 def test_lines_over_an_index_and_over_x():
     fig = figures.lines({"a": [1, 2], "b": [2, 1]}, [0.5, 1.0], xlabel="share", title="t")
     assert list(fig.axes[0].lines[1].get_xdata()) == [0.5, 1.0] and fig.axes[0].get_legend()
+    whole = figures.lines({"a": [1, 2, 3]}, [1, 2, 3], xlabel="stage", title="t")
+    assert all(float(tick).is_integer() for tick in whole.axes[0].get_xticks())
     assert list(figures.lines({"a": [1, 2]}, xlabel="x", title="t").axes[0].lines[0].get_xdata()) == [0, 1]
 
 

@@ -4,7 +4,7 @@ Colours are Okabe and Ito's, readable for the colour-blind, but for their yellow
 Tol's stand in, so that ten classes have ten. Lines differ in style too, points in their markers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -61,10 +61,29 @@ def lines(values: Mapping[str, Sequence[float]], x: Sequence[float] | None = Non
     for i, (name, y) in enumerate(values.items()):
         ax.plot(range(len(y)) if x is None else x, y, color=COLORS[i % 8], ls=STYLES[i % 4], label=name)
     ax.set(xlabel=xlabel, ylabel=ylabel or next(iter(values)))
+    if x is None or all(float(v).is_integer() for v in x):  # there is no step 2.5
+        ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(alpha=0.3)
     if len(values) > 1:
-        ax.legend(frameon=False)
+        beside(ax, values)
     return fig
+
+
+def beside(ax, names: Iterable[str]) -> None:
+    """A legend beside the curves, not on them, if its names leave them room."""
+    if max(map(len, names)) <= 24:
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        ax.legend(frameon=False)
+
+
+def shortest(sources: Collection[str]) -> dict[str, str]:
+    """As many first words of each as tell them apart: "byol" of "byol-digits-ep60-seed0", unless there is another."""
+    for words in range(1, max(source.count("-") for source in sources) + 2):
+        names = {source: "-".join(source.split("-")[:words]) for source in sources}
+        if len(set(names.values())) == len(names):
+            break
+    return names
 
 
 def views_grid(views, images: Sequence, draws: int = 0, seed: int = 0) -> Figure:
@@ -74,5 +93,7 @@ def views_grid(views, images: Sequence, draws: int = 0, seed: int = 0) -> Figure
         for view, batch in zip(views.views, views(list(images), seed=seed + draw), strict=True):
             for row, x in zip(rows, view.normalize.undo(batch), strict=True):
                 row.append(x)
-    names = ["image"] + [f"view {v + 1}" for _ in range(draws) for v in range(len(views))]
+    several = len(views) > 1
+    names = ["image"] + [f"view {v + 1}" if several else f"draw {draw + 1}" for draw in range(draws)
+                         for v in range(len(views))]
     return grid(rows, title="What the network gets to see", column_names=names)

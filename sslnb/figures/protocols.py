@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .base import COLORS, MARKERS, STYLES, panels, picture
+from .base import COLORS, MARKERS, STYLES, beside, panels, picture, shortest
 
 
 def against(values: Mapping[str, Mapping[float, float | Mapping]], xlabel: str, title: str = "") -> Figure:
@@ -24,10 +24,22 @@ def against(values: Mapping[str, Mapping[float, float | Mapping]], xlabel: str, 
             low, high = np.array([r["interval"] for r in rows]).T
             ax.errorbar(x, y, yerr=[y - low, high - y], fmt="none", ecolor=COLORS[i % 8], capsize=3)
     ax.set(xscale="log", xlabel=xlabel, ylabel="accuracy (%)")
+    ticks = _apart(sorted({x for points in values.values() for x in points}))
+    ax.set_xticks(ticks, [f"{x:,.0f}" if x == int(x) else f"{x:.2g}" for x in ticks])
+    ax.set_xticks([], minor=True)
     ax.grid(alpha=0.3)
     if len(values) > 1:
-        ax.legend(frameon=False)
+        beside(ax, values)
     return fig
+
+
+def _apart(x: Sequence[float]) -> list[float]:
+    """Those of the ascending positive numbers that are far enough apart to be written below a logarithmic axis."""
+    room, kept = np.log(x[-1] / x[0]) / 14 if x else 0, []
+    for value in x:
+        if not kept or np.log(value / kept[-1]) >= room:
+            kept.append(value)
+    return kept
 
 
 def class_gain(truth: Tensor, guess: Tensor, rival: Tensor, classes: Sequence[str], title: str = "") -> Figure:
@@ -129,10 +141,13 @@ def depths(values: Mapping[str, Mapping[str, float | Mapping]], title: str = "")
     `values`: {name: {"feat1": accuracy, or a row with `top1` and its `interval`, which is drawn as a bar}}.
     """
     fig, ((ax,),) = panels(1, 1, 6.5, 3.4, title)
+    # directories of runs are long, and the levels need the room
+    names = shortest(set(values)) if max(map(len, values)) > 24 else {name: name for name in values}
     for i, (name, found) in enumerate(values.items()):
         rows = [v if isinstance(v, Mapping) else {"top1": v} for v in found.values()]
         y = np.array([r["top1"] for r in rows])
-        ax.plot(list(found), y, color=COLORS[i % 8], ls=STYLES[i % 4], marker=MARKERS[i % 10], ms=5, label=name)
+        ax.plot(list(found), y, color=COLORS[i % 8], ls=STYLES[i % 4], marker=MARKERS[i % 10], ms=5,
+                label=names[name])
         if all("interval" in r for r in rows):
             low, high = np.array([r["interval"] for r in rows]).T
             ax.errorbar(list(found), y, yerr=[y - low, high - y], fmt="none", ecolor=COLORS[i % 8], capsize=3)
@@ -212,9 +227,10 @@ def pairs(values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str, 
         ax.scatter(x, y, color=COLORS[i % 8], marker=MARKERS[i % 10], label=group, s=30)
     named = sorted((at[::-1], name) for points in values.values() for name, at in points.items())
     for i, ((y, x), name) in enumerate(named):  # from below and the left: neighbours of one height take turns
-        ax.annotate(f" {name} ", (x, y), fontsize=8, va="center", ha="left" if i % 2 else "right")
+        ax.annotate(name, (x, y), (6 if i % 2 else -6, 0), textcoords="offset points", fontsize=8, va="center",
+                    ha="left" if i % 2 else "right")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(alpha=0.3)
-    ax.margins(x=0.15)
+    ax.margins(x=0.2)
     ax.legend(frameon=False, fontsize=8)
     return fig

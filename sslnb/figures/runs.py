@@ -1,11 +1,11 @@
 """Runs over time, and what they are worth: curves, the collapse panel, accuracies."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from .base import COLORS, STYLES, grid, panels
+from .base import COLORS, STYLES, grid, panels, shortest
 
 
 def curves(runs: Mapping[str, object] | object, value: str = "loss", title: str = "") -> Figure:
@@ -32,13 +32,19 @@ OUTPUTS = {"output_std": ("output std", "near 0: all outputs alike")}
 
 def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
     """Is it learning or collapsing? kNN, std, rank, alignment and uniformity over epochs, and a plain sentence; of a
-    method that compares outputs also their std in the training batches."""
+    method that compares outputs also their std in the training batches.
+
+    Two rows, so that they can be read in a narrow window; what is bad near 0 shows its 0.
+    """
     from ..evaluate.collapse import diagnose
 
     runs = runs if isinstance(runs, Mapping) else {"": runs}
     outputs = any("output_std" in row for run in runs.values() for row in run.history("step"))
     shown = PANEL | (OUTPUTS if outputs else {})
-    fig, (axes,) = panels(1, len(shown), 11 + 2 * outputs, 2.5 + 0.3 * (len(runs) > 1))
+    fig, rows = panels(2, 3, 8.4, 4.4 + 0.3 * (len(runs) > 1))
+    axes = rows.flat[:len(shown)]
+    for ax in rows.flat[len(shown):]:
+        ax.remove()
     for i, (name, run) in enumerate(runs.items()):
         history = run.history("monitor")
         losses = run.history("step")
@@ -46,12 +52,16 @@ def collapse_panel(runs: Mapping[str, object] | object) -> Figure:
             history = [{**losses[0], **history[0]}, *history[1:-1], {**losses[-1], **history[-1]}]
         print(f"{name}: {diagnose(history)}" if name else diagnose(history))
         for ax, (key, (label, hint)) in zip(axes, shown.items(), strict=True):
-            rows = [row for row in (losses if key in OUTPUTS else history) if key in row]
-            ax.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=COLORS[i % 8], ls=STYLES[i % 4],
+            known = [row for row in (losses if key in OUTPUTS else history) if key in row]
+            ax.plot([r["epoch"] for r in known], [r[key] for r in known], color=COLORS[i % 8], ls=STYLES[i % 4],
                     marker="" if key in OUTPUTS else "o", ms=3, label=name)
             ax.set_title(f"{label}\n{hint}", fontsize=9)
             ax.set_xlabel("epoch", fontsize=9)
             ax.grid(alpha=0.3)
+    for ax, key in zip(axes, shown, strict=True):
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if "std" in key:
+            ax.set_ylim(0, 1.1 * max((max(line.get_ydata(), default=0) for line in ax.lines), default=0) or 1)
     if len(runs) > 1:
         fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(6, len(runs)),
                    frameon=False, fontsize=8)
@@ -63,7 +73,7 @@ def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
     if not rows:
         return grid([[np.full((8, 8, 3), 255)]], title="no labels, no accuracy")
     protocols = list(dict.fromkeys(r["protocol"] for r in rows))
-    names = _shortest({r["source"] for r in rows})
+    names = shortest({r["source"] for r in rows})
     place = {source: -i for i, source in enumerate(dict.fromkeys(r["source"] for r in rows))}
     fig, (axes,) = panels(1, len(protocols), 9, 1.1 + 0.35 * len(place), sharey=True)
     for ax, protocol in zip(axes, protocols, strict=True):
@@ -80,12 +90,3 @@ def accuracy_bars(rows: Sequence[Mapping]) -> Figure:
         ax.set_title(protocol, fontsize=9)
     axes[0].set_yticks(list(place.values()), [names[source] for source in place], fontsize=9)
     return fig
-
-
-def _shortest(sources: Collection[str]) -> dict[str, str]:
-    """As many first words of each as tell them apart: "byol" of "byol-digits-ep60-seed0", unless there is another."""
-    for words in range(1, max(source.count("-") for source in sources) + 2):
-        names = {source: "-".join(source.split("-")[:words]) for source in sources}
-        if len(set(names.values())) == len(names):
-            break
-    return names
