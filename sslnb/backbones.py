@@ -73,6 +73,16 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
     return model
 
 
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """What is built inside has shapes and no numbers, and takes no time. timm is imported before: parts of torch 2.6
+    that come with it cannot be imported inside."""
+    import timm  # noqa: F401
+
+    with torch.device("meta"):
+        yield
+
+
 def check_name(name: str) -> None:
     """InputError if there is no timm model, and none of MINI, of this name."""
     import timm

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .backbones import shapes_only
 from .data import load
 from .errors import InputError, unknown
 from .evaluate.features import the_device
@@ -211,7 +212,7 @@ def _weigh() -> None:
     load("digits_scattered")  # like `train`, for what it imports: that is no part of a step
     for line in sys.stdin:
         recipe = Recipe.from_json(json.loads(line))
-        with torch.device("meta"):  # imports the rest, and holds nothing
+        with shapes_only():  # imports the rest, and holds nothing
             recipe.build()
         if (child := os.fork()) == 0:
             torch.set_num_threads(threads)

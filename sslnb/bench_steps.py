@@ -25,7 +25,7 @@ from .run import Run
 
 def random_views(recipe: Recipe) -> list[Tensor]:
     """Noise of the shapes that the recipe's method gets to see, on the device."""
-    with torch.device("meta"):
+    with backbones.shapes_only():
         method = recipe.build()
     picture = Image.new("RGB", (recipe.size + 32, recipe.size + 32))
     shapes = [x.shape[1:] for x in method.views(recipe.size)([picture])]
@@ -52,7 +52,7 @@ def training_step(recipe: Recipe, views: list[Tensor] | None = None, compile: bo
 
 def photometry(recipe: Recipe) -> Callable[[], object]:
     """What happens on the training device before the step: a batch of crops, noise here, becomes normalised views."""
-    with torch.device("meta"):
+    with backbones.shapes_only():
         views = recipe.build().views(recipe.size)
     shapes = [x.shape[1:] for x in random_views(recipe.with_(batch=1))]
     crops = [torch.randint(256, (recipe.batch, *shape), dtype=torch.uint8, device=the_device("auto"))

@@ -23,7 +23,7 @@ def try_out(recipe: Recipe, total: int) -> None:
                          "fewer, or train for longer.")
     with torch.random.fork_rng(devices=[]):  # masks are drawn
         try:
-            with torch.device("meta"):
+            with backbones.shapes_only():
                 method = recipe.build()
                 if not isinstance(getattr(method, "backbone", None), nn.Module):
                     raise InputError(f"{recipe.method} has no self.backbone, which is what evaluation keeps of it; set "

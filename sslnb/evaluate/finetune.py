@@ -182,7 +182,7 @@ class FineTune(Supervised):
                              "and cutmix=0.")
         side = round(recipe.size * numbers.get("test_scale", 1))
         try:
-            with torch.device("meta"):
+            with backbones.shapes_only():
                 network = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers)
                 if side != recipe.size:
                     network.eval()(torch.zeros(1, 3, side, side))

@@ -195,7 +195,7 @@ class MultiHead(Supervised):
         """With as many classes as the data have. Says what makes it another protocol than the published one."""
         published, fitted = recipe.numbers.get("classes"), super().fitted(recipe)
         recipe = fitted.with_(numbers={k: v for k, v in fitted.numbers.items() if k != "pool"})  # maps are not pooled
-        with torch.device("meta"):
+        with backbones.shapes_only():
             levels = recipe.build().head
         if levels.adaptive:
             print(f"The published pooling does not fit {', '.join(levels.adaptive)} of {recipe.backbone} at "

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import methods
-from ..backbones import build
+from ..backbones import build, shapes_only
 from ..data import said
 from ..errors import InputError, unknown
 from ..files import append_jsonl, checksum, save_tensors
@@ -74,7 +74,7 @@ class Protocol(Method):
         """The state dict that the recipe's backbone begins with, from the source's backbone, and a sentence about it.
         Errors: InputError if they do not fit, before any work."""
         tensors = backbone.state_dict()
-        with torch.device("meta"):  # a ResNet for more than 64 px has another stem than one that is built for less
+        with shapes_only():  # a ResNet for more than 64 px has another stem than one that is built for less
             wanted = build(recipe.backbone, recipe.size, **recipe.backbone_numbers).state_dict()
         wrong = next((k for k in wanted if k in tensors and tensors[k].shape != wanted[k].shape), None)
         if wrong:

@@ -6,6 +6,7 @@ stand-ins without behaviour take their place: nothing by these names is imported
 for is refused, and the sentence says what it was. BYOL's JAX file is no torch file; haiku.py reads it by the same rule.
 """
 
+import importlib
 import pickle
 import re
 from argparse import Namespace
@@ -47,10 +48,10 @@ DICTIONARIES = ("yacs.config.CfgNode", "addict.addict.Dict", "mmcv.utils.config.
 def _allowed() -> list:
     import numpy as np
 
+    multiarray = importlib.import_module("numpy._core.multiarray")  # no attribute of numpy 1
     numbers = [np.dtype, *(type(np.dtype(t)) for t in ("f2", "f4", "f8", "i4", "i8", "u1", "?"))]
     for name in ("numpy._core.multiarray", "numpy.core.multiarray"):
-        numbers += [(np._core.multiarray.scalar, f"{name}.scalar"),
-                    (np._core.multiarray._reconstruct, f"{name}._reconstruct")]
+        numbers += [(multiarray.scalar, f"{name}.scalar"), (multiarray._reconstruct, f"{name}._reconstruct")]
     return [Namespace, np.ndarray, *numbers, *((StandIn, name) for name in ALLOWED),
             *((OrderedDict, name) for name in DICTIONARIES)]
 
@@ -77,12 +78,13 @@ def read(path: str | Path) -> Any:
         from . import haiku
 
         return haiku.read(path)
+    allowed = _allowed()
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        with torch.serialization.safe_globals(_allowed()):
+        with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
