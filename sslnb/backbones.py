@@ -46,7 +46,7 @@ def build(name: str, size: int, *, sobel: bool = False, **arguments) -> nn.Modul
         if sobel:
             raise InputError(f"sobel=True is for timm's ResNets; let {name} filter its images itself.")
         return own(name, size, **arguments)
-    for given, remedy in (("in_chans", "images are read in RGB, grey ones too; leave it out"),
+    for given, remedy in (("in_chans", "images are RGB, grey ones too; leave it out, or sobel=True for their edges"),
                           ("num_classes", "a backbone has no classifier; leave it out"),
                           ("pretrained", "begin with `weights` in the recipe, a file or a name of zoo.names()")):
         if given in arguments:

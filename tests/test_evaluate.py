@@ -72,6 +72,7 @@ def builds(monkeypatch):
         importlib.import_module(module)
     asked = []
     monkeypatch.setattr("sslnb.backbones.build", lambda name, size: asked.append((name, size)) or Net())
+    monkeypatch.setattr("sslnb.backbones.check_name", lambda name: None)
     return asked
 
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -206,7 +207,7 @@ def test_a_sobel_run_is_evaluated_on_sobel_maps(tmp_path):
 
 
 @pytest.mark.parametrize("wrong, sentence", [
-    ({"backbone_numbers": {"in_chans": 2}}, "takes 2 channels instead of 3: .* build it with sobel=True"),
+    ({"backbone_numbers": {"in_chans": 2}}, "in_chans 2 of resnet_mini is impossible: .* or sobel=True"),
     ({"backbone": "vit_mini"}, "needs a ResNet with its stem and stages, and VisionTransformer has other parts"),
     ({"numbers": {"pooling": "specified"}}, "does not take the 10 x 10 map of feat1 to 12 x 12"),
 ])
@@ -215,6 +216,11 @@ def test_a_backbone_that_cannot_be_read_is_refused_before_any_work(wrong, senten
     with pytest.raises(InputError, match=sentence):
         MultiHead.fitted(MULTIHEAD["multihead_demo"].with_(**wrong))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_network_for_sobel_maps_without_the_filter_is_told():
+    with pytest.raises(InputError, match="takes 2 channels instead of 3: .* build it with sobel=True"):
+        pools(timm.create_model("resnet18", num_classes=0, in_chans=2), size=32)
 
 
 # ---------------------------------------------------------------- images

@@ -321,7 +321,7 @@ def test_the_shape_of_a_schedule_survives_a_short_trial():
     (lambda: resolve("byol").steps_per_epoch(50), "batch is larger than the data.* only 50"),
     (lambda: resolve("mae", backbone="vit_tinny_patch16_224").build(), "did you mean 'vit_tiny_patch16_224'"),
     (lambda: open_source("resnet5O", 0), "did you mean 'resnet50'"),
-    (lambda: resolve("byol", backbone_numbers={"in_chans": 4}).build(), "in_chans 4 of resnet_mini .* read in RGB"),
+    (lambda: resolve("byol", backbone_numbers={"in_chans": 4}).build(), "in_chans 4 of resnet_mini .* images are RGB"),
     (lambda: resolve("byol", backbone_numbers={"pretrained": True}).build(), "begin with `weights` in the recipe"),
     (lambda: methods.get("nowhere.py:Thing"), "no file nowhere.py"),
     (lambda: methods.get("../nowhere.py:Thing"), "no file ../nowhere.py"),
