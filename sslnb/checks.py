@@ -25,7 +25,8 @@ from .run import Run
 from .trial import try_out
 
 TOLD = ("note", "published", "source", "sources")  # what a recipe only says: a better word makes no other run of it
-FREE = ("workers", "compile", "trackers", "files")  # how a run is trained, not which one it is: the latest call says it
+# How a run is trained and where the user's own code lies, not which one it is: the latest call says it.
+FREE = ("workers", "compile", "trackers", "files")
 FEW = 5  # values of a recipe that make no other one of it, to a reader
 _shown: dict[str, Recipe] = {}  # the last recipe of each method that this notebook has shown in full
 LEAVING = 60  # seconds that processes which have been stopped get for their last step and checkpoint
@@ -57,8 +58,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     if resume and (finished := _finished(recipe, out, seed)):
         return finished
     images = recipe.load()
-    asked = recipe
-    # A run is opened from other folders too.
+    asked = recipe  # in the caller's words; a run is opened from other folders too
     recipe = recipe.with_(data=located(recipe.data), weights=_weights(recipe.weights))
     if "images" in method_numbers(recipe.method):  # a method with a memory of every image
         recipe = recipe.with_(images=len(images), published=recipe.published)
@@ -69,7 +69,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
                 "trackers": list(trackers),
                 "files": {name: methods.located(said) for name, said in _in_files(recipe.to_json()).items()}}
     run = Run(out if out != "auto" else _default_out(settings))
-    if recipe.weights and not run.checkpoints():
+    if recipe.weights and not (resume and run.checkpoints()):
         with torch.random.fork_rng(devices=[]):
             asked.begin(recipe.build())
     with contextlib.ExitStack() as ours:
@@ -124,11 +124,9 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 
 def _default_out(settings: dict) -> Path:
     """runs/byol-digits_scattered-… with a hash of recipe and seed: the same command finds the same directory."""
-    r = {**settings["recipe"], "data": located(settings["recipe"]["data"])}
-    if weights := _weights(r.pop("weights")):
-        r["weights"] = weights
+    r = {name: value for name, value in settings["recipe"].items() if name not in TOLD}
+    r |= {"data": located(r["data"]), "weights": _weights(r["weights"])}
     r["numbers"] = {name: value for name, value in r["numbers"].items() if name != "images"}  # which the data decide
-    r = {name: value for name, value in r.items() if name not in TOLD}
     defining = {**{name: value for name, value in settings.items() if name not in FREE}, "recipe": r}
     tag = hashlib.sha256(json.dumps(defining, sort_keys=True).encode()).hexdigest()[:6]
     name = f"{r['method'].rpartition(':')[2]}-{Path(r['data']).stem}-ep{r['epochs']}-seed{settings['seed']}-{tag}"
@@ -212,8 +210,8 @@ def _write_settings(run: Run, settings: dict, images: Images) -> None:
     if _begun(run):
         _same(run, settings, moved=began_with(run) == contents(images))
         recipe = {**run.settings["recipe"], "data": settings["recipe"]["data"]}
-        free = {name: settings[name] for name in FREE if run.status().get("state") != "done"}  # which says how it was
-        settings = {**run.settings, **free, "recipe": recipe}
+        free = () if run.status().get("state") == "done" else FREE  # a finished run says how it was trained
+        settings = {**run.settings, **{name: settings[name] for name in free}, "recipe": recipe}
     write_atomic(run.path / "recipe.json", json.dumps(settings, indent=1))
 
 

@@ -38,9 +38,8 @@ def try_out(recipe: Recipe, total: int) -> None:
         except InputError:
             raise
         except Exception as error:
-            said = f"({type(error).__name__}: {' '.join(str(error).split())})"
             raise InputError(f"{recipe.method} on {recipe.backbone} at {recipe.size} px cannot be built with "
-                             f"{_numbers(recipe)}{_where(error, recipe)} {said}; change what that names.") from error
+                             f"{_numbers(recipe)}{_reason(error, recipe)}; change what that names.") from error
         if method.monitored and normal != Normalize():
             raise InputError(f"{recipe.method}: its first view is normalised by {normal}, but evaluation shows every "
                              "backbone images that are normalised by Normalize(); end the view with that.")
@@ -66,13 +65,13 @@ def _keeps(method: Method, recipe: Recipe) -> None:
 
 def _own_backbone(recipe: Recipe) -> None:
     """InputError unless a backbone of the user's own gives features as it says, of images of noise on the CPU."""
-    net = recipe.build().backbone.eval()
+    net = backbones.build(recipe.backbone, recipe.size, **recipe.backbone_numbers).eval()
     try:
         with torch.no_grad():
             features = net(torch.randn(2, 3, recipe.size, recipe.size))
     except Exception as error:
-        raise InputError(f"{recipe.backbone}: forward with 2 images of {recipe.size} px failed{_where(error, recipe)} "
-                         f"({type(error).__name__}: {' '.join(str(error).split())}); mend it.") from error
+        raise InputError(f"{recipe.backbone}: forward with 2 images of {recipe.size} px failed{_reason(error, recipe)}"
+                         "; mend it.") from error
     found = f"the shape {tuple(features.shape)}" if isinstance(features, torch.Tensor) else type(features).__name__
     if found != f"the shape {(2, net.num_features)}":
         raise InputError(f"{recipe.backbone}: forward with 2 images gives {found}; its num_features is "
@@ -97,18 +96,18 @@ def _own_forward(recipe: Recipe, views: list[torch.Tensor]) -> None:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{name}: forward with {few} images failed{_where(error, recipe)} ({type(error).__name__}: "
-                         f"{' '.join(str(error).split())}); mend it.") from error
+        raise InputError(f"{name}: forward with {few} images failed{_reason(error, recipe)}; mend it.") from error
     if found := _wrong(out):
         raise InputError(f"{name}: forward gives {found}; it must return a dict of tensors with a scalar 'loss' that "
                          "can be differentiated.")
 
 
-def _where(error: Exception, recipe: Recipe) -> str:
-    """The last line of the user's own files that led to an error, in words; "" if none of theirs did."""
+def _reason(error: Exception, recipe: Recipe) -> str:
+    """In words: the last line of the user's own files that led to an error, if one did, its kind and what it says."""
     files = {methods.located(name).rpartition(":")[0] for name in (recipe.method, recipe.backbone) if ":" in name}
     lines = [at for at in traceback.extract_tb(error.__traceback__) if at.filename in files]
-    return f" in {lines[-1].filename}, line {lines[-1].lineno}" if lines else ""
+    where = f" in {lines[-1].filename}, line {lines[-1].lineno}" if lines else ""
+    return f"{where} ({type(error).__name__}: {' '.join(str(error).split())})"
 
 
 def _wrong(out: object) -> str:
