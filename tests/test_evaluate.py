@@ -742,6 +742,12 @@ def test_the_first_image_that_can_be_read_tells_the_size(pictures, builds):
     assert builds == [("tiny", 12)] and (rows[0]["size"], rows[0]["broken"]) == (12, 4)
 
 
+def test_a_network_that_does_not_exist_is_told_before_images_are_loaded(monkeypatch):
+    monkeypatch.setattr("sslnb.evaluate._load", lambda data: pytest.fail("it loaded images"))
+    with pytest.raises(InputError, match="Unknown backbone 'resnet51': did you mean"):
+        evaluate("resnet51")
+
+
 def test_evaluate_an_exported_folder(source, tmp_path):
     """With the same numbers as the run, and as the file in it; without the recipe, its network has to be named."""
     folder = source.export(tmp_path / "export")

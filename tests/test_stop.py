@@ -215,7 +215,8 @@ def test_a_run_goes_on_where_its_images_lie_now_and_with_no_others(tiny, tmp_pat
         prepare(recipe, tmp_path / "others", out)
     assert pretrain(recipe, tmp_path / "elsewhere", out).status()["state"] == "done"
     (tmp_path / "elsewhere").rename(tmp_path / "again elsewhere")
-    done = pretrain(recipe, tmp_path / "again elsewhere", out)
+    done = pretrain(recipe, tmp_path / "again elsewhere", out, workers=1)
+    assert done.settings["workers"] == "auto", "a finished run says how it was trained"
     assert len(done.provenance()) == 2 and done.recipe.data == str(tmp_path / "again elsewhere")
     with pytest.raises(InputError, match="holds another run .data: .*again elsewhere there, .*others now"):
         prepare(recipe, tmp_path / "others", out)

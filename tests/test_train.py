@@ -362,7 +362,7 @@ def test_a_recipe_in_fp16_takes_what_the_cpu_is_fast_in(tiny, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("method", "graphs"), [("mae", 2), ("cae", 5), ("simclr", 1)])
-def test_of_transformers_one_block_is_compiled_for_all(tiny, tmp_path, monkeypatch, method, graphs):
+def test_of_transformers_one_block_is_compiled_for_all(tiny, tmp_path, monkeypatch, capsys, method, graphs):
     """A graph for each kind of block, not for each block, none for the monitor's looks, and no gap in any; a ResNet is
     one graph. Compiled for Python's interpreter, which must not change a bit."""
     from torch._dynamo import utils
@@ -372,6 +372,7 @@ def test_of_transformers_one_block_is_compiled_for_all(tiny, tmp_path, monkeypat
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     fast = pretrain(tiny(method), out=tmp_path / "fast", compile=True)
     assert utils.counters["stats"]["unique_graphs"] == graphs and not utils.counters["graph_break"]
+    assert "compiled in the first step, which may take minutes" in capsys.readouterr().out
     whole = pretrain(tiny(method), out=tmp_path / "whole")
     assert [row["loss"] for row in fast.history()] == [row["loss"] for row in whole.history()]
     assert fast.latest()["method"].keys() == whole.latest()["method"].keys()

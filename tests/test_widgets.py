@@ -310,6 +310,14 @@ def test_long_names_of_runs_leave_room_for_the_levels():
     assert [text.get_text() for text in fig.axes[0].get_legend().texts] == ["simclr", "raw pixels"]
 
 
+def test_a_legend_stands_beside_the_curves_if_its_names_leave_them_room():
+    for name, beside in (("simclr", True), ("simclr-digits_scattered-ep2-seed0", False)):
+        fig = figures.lines({name: [1, 2], "raw pixels": [2, 1]}, xlabel="x", title="t")
+        fig.canvas.draw()
+        ax = fig.axes[0]
+        assert (ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1) == beside
+
+
 def test_lines_over_an_index_and_over_x():
     fig = figures.lines({"a": [1, 2], "b": [2, 1]}, [0.5, 1.0], xlabel="share", title="t")
     assert list(fig.axes[0].lines[1].get_xdata()) == [0.5, 1.0] and fig.axes[0].get_legend()
