@@ -297,7 +297,9 @@ def test_the_views_grid_shows_the_image_and_every_draw(digits):
 def test_the_views_grid_draws_as_often_as_there_is_room(digits, name, draws):
     recipe = methods.recipes(name)["demo"]
     views = recipe.build().views(recipe.size)
-    assert len(figures.views_grid(views, digits[:1]).axes) == 1 + draws * len(views)
+    fig = figures.views_grid(views, digits[:1])
+    assert len(fig.axes) == 1 + draws * len(views)
+    assert fig.axes[-1].get_title() == (f"view {len(views)}" if len(views) > 1 else f"draw {draws}")
 
 
 def test_a_logarithmic_axis_is_labelled_with_plain_numbers_that_do_not_touch():
