@@ -11,6 +11,7 @@ Every loader takes the split and returns `(images uint8 (N, H, W, 3), labels int
 """
 
 import gzip
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,12 +27,12 @@ TRAIN_DIGITS = 1300  # scikit-learn keeps the writers together, so the tail is m
 
 def digits(split: str) -> Loaded:
     """scikit-learn's digits (1,797 real 8x8 images, 16 grey levels), the last 497 held out."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    part = slice(None, TRAIN_DIGITS) if split == "train" else slice(TRAIN_DIGITS, None)
-    grey = np.round(data.images[part] * (255 / 16)).astype(np.uint8)
-    return _to_rgb(grey), data.target[part].astype(np.int64), [str(c) for c in range(10)]
+    # Its file, because importing scikit-learn takes most of a second, in every process of a run.
+    with gzip.open(_folder("sklearn") / "datasets" / "data" / "digits.csv.gz") as file:
+        table = np.loadtxt(file, np.uint8, delimiter=",")  # 64 pixels and the digit
+    rows = table[:TRAIN_DIGITS] if split == "train" else table[TRAIN_DIGITS:]
+    grey = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    return _to_rgb(grey), rows[:, 64].astype(np.int64), [str(c) for c in range(10)]
 
 
 def digits_scattered(split: str, canvas: int = 20) -> Loaded:
@@ -71,12 +72,9 @@ def photos(split: str) -> Loaded:
     They are for looking at views, masks and targets. There are no classes to tell apart, hence no labels.
     """
     import matplotlib
-    import skimage
-    import sklearn
     from PIL import Image
 
-    skimage_data = Path(skimage.__file__).parent / "data"
-    sklearn_data = Path(sklearn.__file__).parent / "datasets" / "images"
+    skimage_data, sklearn_data = _folder("skimage") / "data", _folder("sklearn") / "datasets" / "images"
     files = [skimage_data / f for f in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg",
                                         "motorcycle_left.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png")]
     files += [sklearn_data / f for f in ("china.jpg", "flower.jpg")]
@@ -103,6 +101,11 @@ def make_fashion_small(source: Path = DEBIAN_FASHION_MNIST, out: Path = ASSETS /
         arrays[f"{split}_images"] = read_idx(source / f"{prefix}-images-idx3-ubyte.gz")[:n]
         arrays[f"{split}_labels"] = read_idx(source / f"{prefix}-labels-idx1-ubyte.gz")[:n]
     np.savez_compressed(out, **arrays)
+
+
+def _folder(package: str) -> Path:
+    """Where a package lies, which is not imported for that."""
+    return Path(importlib.util.find_spec(package).origin).parent
 
 
 def _to_rgb(grey: np.ndarray) -> np.ndarray:

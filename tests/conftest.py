@@ -1,3 +1,4 @@
+import functools
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ def pytest_addoption(parser):
     parser.addoption("--seeds", type=int, default=3, help="runs per demo recipe in the slow tests")
 
 
+@functools.cache
 def few_digits(split):
     """130 scattered digits: enough for four steps of 32 and for every mechanism, few enough for many runs."""
     from sslnb.embedded import digits_scattered

@@ -14,6 +14,7 @@ from sslnb.evaluate.reconstruction import masked_error, masked_psnr
 from sslnb.masking import upsample_mask, visible_first
 from sslnb.methods.cae import CAE, RECIPES
 from sslnb.methods.cae_neck import CrossBlock, Decoder, Regressor
+from sslnb.tokens import encode_visible, sincos_position
 from sslnb.views import Normalize, RandomResizedCrop
 
 ZOO = "vit_base_sz224_8xb64_accu4_cos_fp16_ep300"
@@ -169,6 +170,21 @@ def test_paths_are_dropped_more_and_more_in_regressor_and_decoder():
     assert getattr(method.decoder.blocks[1].drop_path1, "drop_prob", 0) == pytest.approx(0.2)
 
 
+def test_the_regressor_drops_either_path_of_an_image_and_makes_up_for_it():
+    """With p = 1/2 what is kept counts twice: an image has none, one or both of the two branches."""
+    torch.manual_seed(0)
+    block = CrossBlock(8, 2, 0.5)
+    x, everything, at_x, at_everything = (torch.randn(1, n, 8).expand(64, -1, -1) for n in (3, 5, 3, 5))
+    with torch.no_grad():
+        k = block.norm_k(everything + at_everything)
+        looked = block.attend(block.norm_q(x + at_x), k, block.norm_v(everything))
+        halfway = [block.norm_mlp(x + kept * block.gamma_1 * looked)[0] for kept in (0, 2)]
+        possible = [h + kept * block.gamma_2 * block.mlp(h) for h in halfway for kept in (0, 2)]
+        found = block(x, everything, at_x, at_everything)
+    seen = [sum(torch.allclose(y, p, atol=1e-5) for y in found) for p in possible]
+    assert sum(seen) == 64 and min(seen) > 5
+
+
 # Who sees what
 
 def test_encoder_regressor_and_decoder_never_see_a_hidden_pixel(method, views):
@@ -226,7 +242,7 @@ def test_the_loss_is_cross_entropy_and_twice_the_squared_distance(method, views)
     method.draw_mask = lambda *_: mask
     out = method(views)
     regressed = method.regress(views[0], *method.places(mask, views[0].device))
-    true = backbones.encode_visible(method.target_encoder, views[0], visible_first(1 - mask)[0])[:, 1:]
+    true = encode_visible(method.target_encoder, views[0], visible_first(1 - mask)[0])[:, 1:]
     tokens, entropy, square, right = method.tokenizer.tokenize(views[1]), 0.0, 0.0, 0
     for image in range(4):
         for n, place in enumerate(mask[image].nonzero()[:, 0].tolist()):
@@ -321,7 +337,7 @@ def test_the_first_weights_are_the_official_ones():
     torch.manual_seed(0)
     method = DEMO.with_(vocab_size=128).build()
     vit = method.backbone
-    assert torch.equal(vit.pos_embed, backbones.sincos_position(7, 64, first="row")) and not vit.pos_embed.requires_grad
+    assert torch.equal(vit.pos_embed, sincos_position(7, 64, first="row")) and not vit.pos_embed.requires_grad
     for layer in (vit.blocks[0].attn.qkv, vit.blocks[3].mlp.fc2, method.regressor.blocks[0].k, method.decoder.head):
         bound = math.sqrt(6 / (layer.in_features + layer.out_features))
         assert layer.weight.abs().max() <= bound and layer.weight.abs().max() > 0.95 * bound

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from conftest import apart
 from torch import nn
 
-from sslnb import Run, losses, methods, parts, pretrain
+from sslnb import Run, launch, losses, methods, parts, pretrain
 from sslnb.batchnorm import sync_batchnorm
 from sslnb.losses import nt_xent
 from sslnb.methods import npid
@@ -268,7 +268,8 @@ def test_after_a_kill_of_the_caller_its_processes_save_and_the_same_command_at_o
     assert not worker_pids(out) and Run(out).status()["state"] == "interrupted"
 
 
-def test_an_error_in_the_processes_ends_the_run_with_its_reason(tmp_path):
+def test_an_error_in_the_processes_ends_the_run_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "RESTARTS", 1)
     (tmp_path / "bad.py").write_text('''
 from sslnb.methods import recipes
 from sslnb.methods.simclr import SimCLR

@@ -184,6 +184,7 @@ def test_of_many_images_a_few_are_clustered(tiny, clustering, capsys, monkeypatc
 
 def test_odc_clusters_once(tiny, monkeypatch):
     monkeypatch.setattr(estimate, "FEW", 50)
+    monkeypatch.setattr(estimate, "NOTICED", 1e-3)
     found = preflight(tiny("odc", min_cluster=5), steps=2)  # 5 x 25 images at least, and there are 50
     assert found.once > 0 and found.rounds == 0 and "s before the first step, in which" in str(found)
     assert found.total == pytest.approx(found.step * 8 + found.once)

@@ -15,6 +15,7 @@ from sslnb.masking import (
     upsample_mask,
     visible_first,
 )
+from sslnb.tokens import encode_visible, mask_enters, sincos_position
 
 
 def test_patchify_orders_row_column_channel_and_can_be_undone():
@@ -166,7 +167,7 @@ def test_encoding_all_patches_equals_timms_forward():
     vit = backbones.build("vit_mini", 28).eval()
     images = torch.randn(2, 3, 28, 28)
     keep = torch.arange(49).expand(2, -1)
-    assert torch.allclose(backbones.encode_visible(vit, images, keep), vit.forward_features(images), atol=1e-5)
+    assert torch.allclose(encode_visible(vit, images, keep), vit.forward_features(images), atol=1e-5)
 
 
 def test_the_encoder_neither_sees_nor_computes_hidden_patches():
@@ -176,22 +177,22 @@ def test_the_encoder_neither_sees_nor_computes_hidden_patches():
     keep, _ = visible_first(mask)
     seen = []
     vit.blocks[0].register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
-    before = backbones.encode_visible(vit, images, keep)
+    before = encode_visible(vit, images, keep)
     changed = images + 100 * upsample_mask(mask, 4)
-    assert torch.equal(backbones.encode_visible(vit, changed, keep), before)
+    assert torch.equal(encode_visible(vit, changed, keep), before)
     assert seen[0] == (2, 1 + 12, 64)
 
 
 def test_sine_cosine_positions_by_hand():
     import math
 
-    table = backbones.sincos_position(3, 8)[0]
+    table = sincos_position(3, 8)[0]
     assert table.shape == (10, 8) and table[0].abs().sum() == 0
     row, column = 2, 1
     omegas = [1.0, 10000 ** (-1 / 2)]
     expected = [f(p * w) for p in (column, row) for f in (math.sin, math.cos) for w in omegas]
     assert table[1 + row * 3 + column].tolist() == pytest.approx(expected, abs=1e-6)
-    swapped = backbones.sincos_position(3, 8, first="row")[0]
+    swapped = sincos_position(3, 8, first="row")[0]
     assert torch.equal(swapped[:, :4], table[:, 4:]) and torch.equal(swapped[:, 4:], table[:, :4])
 
 
@@ -207,7 +208,7 @@ def test_a_change_enters_where_it_should_and_leaves_no_trace():
             return x + 1
 
         plain = backbones.last_map(backbone, images)
-        with backbones.mask_enters(getattr(backbone, part), change, before):
+        with mask_enters(getattr(backbone, part), change, before):
             changed = backbones.last_map(backbone, images)
         assert shapes == [shape] and not torch.allclose(plain, changed), name
         assert torch.equal(backbones.last_map(backbone, images), plain)

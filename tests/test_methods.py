@@ -9,9 +9,9 @@ from conftest import HALVES, ten_steps
 from PIL import Image
 
 from sslnb import data, methods
-from sslnb.backbones import sincos_position
 from sslnb.methods.base import Method
 from sslnb.recipes import method_numbers
+from sslnb.tokens import sincos_position
 from sslnb.views import (
     Blur,
     ColorJitter,

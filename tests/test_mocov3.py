@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from sslnb import optim
-from sslnb.backbones import class_attention
 from sslnb.errors import InputError
 from sslnb.methods.mocov3 import RECIPES, MoCoV3
+from sslnb.tokens import class_attention
 from sslnb.views import Blur, ColorJitter, Greyscale, HorizontalFlip, RandomResizedCrop, Solarize
 
 VIT, RESNET = "vit_small_8xb64_accu8_cos_fp16_ep300", "r50_16xb256_cos_lr9_6_fp16_ep100"

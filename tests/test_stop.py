@@ -145,17 +145,17 @@ def test_a_methods_name_with_data_is_what_resolve_gives_for_them(tmp_path, call)
 
 
 def test_a_run_without_its_checkpoints_says_that_it_begins_anew_and_keeps_the_log(tiny, tmp_path, capsys):
-    recipe = tiny(epochs=60)  # 4 steps each, saved every 25 epochs
+    recipe = tiny(epochs=30, batch=16)  # 8 steps each, saved every 12 epochs
     run = prepare(recipe, out=tmp_path / "run")
     train_until(run, 3)
     run.checkpoints()[0].unlink()
-    train_until(run, 120)
+    train_until(run, 98)
     assert f"{run.path} came to step 2, but has no checkpoint: it begins anew.\n" in capsys.readouterr().out
     rows = run.history()
     for checkpoint in run.checkpoints():
         checkpoint.unlink()
     train_until(run, 1)
-    said = re.search(r"came to step 120, but has no checkpoint: it begins anew. Its log is kept in (\S+)\.\n",
+    said = re.search(r"came to step 98, but has no checkpoint: it begins anew. Its log is kept in (\S+)\.\n",
                      capsys.readouterr().out)
     kept = [json.loads(line) for line in (run.path / said[1]).read_text().splitlines()]
     assert [row for row in kept if row["kind"] == "step"] == rows and len(rows) > len(run.history())
@@ -239,14 +239,14 @@ RECIPES = {"demo": resolve("simclr", epochs=2, batch=32).with_(method="mine.py:M
 def test_a_file_that_no_longer_fits_the_checkpoint_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(EDITED % 32)
-    run = prepare(resolve("mine.py:Mine"), "digits_scattered", "run")
+    run = prepare(resolve("mine.py:Mine"), "few_digits", "run")
     train_until(run, 3)
     (tmp_path / "mine.py").write_text(EDITED % 48 + "\n")
     with pytest.raises(InputError, match="mine.py:Mine has changed since, and its network is another one now .size "
                                          "mismatch.*put the old one back, or begin anew with resume=False"):
-        pretrain(resolve("mine.py:Mine"), "digits_scattered", "run")
+        pretrain(resolve("mine.py:Mine"), "few_digits", "run")
     (tmp_path / "mine.py").write_text(EDITED % 32)
-    assert pretrain(resolve("mine.py:Mine"), "digits_scattered", "run").status()["state"] == "done"
+    assert pretrain(resolve("mine.py:Mine"), "few_digits", "run").status()["state"] == "done"
 
 
 def test_curves_of_one_run(tiny, tmp_path):

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from sslnb import methods, zoo
-from sslnb.backbones import build, sincos_position
+from sslnb.backbones import build
 from sslnb.errors import InputError
+from sslnb.tokens import sincos_position
 from sslnb.zoo import download, layouts, models, networks
 from sslnb.zoo.models import MODELS
 from sslnb.zoo.sanity import _verdict

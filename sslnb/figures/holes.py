@@ -41,8 +41,9 @@ def reconstructions(method, images: Tensor, mask: Tensor, normalize, title: str 
         del rows["target"]
     decibel = f", {psnr(rows['prediction'], rows['image'], hole):.1f} dB on them" if method.paints else ""
     leak = f"; {method.borrows} taken from the truth" if method.borrows else ""
+    cells = "pixels" if method.patch == 1 else "patches"
     return grid([list(row) for row in rows.values()], list(rows),
-                title or f"{int(mask[0].sum())} of {mask.shape[1]} patches removed{decibel}{leak}",
+                title or f"{int(mask[0].sum())} of {mask.shape[1]} {cells} removed{decibel}{leak}",
                 size=0.85 if method.paints else 1.2)
 
 

@@ -18,13 +18,14 @@ weights for the ViT (attention and MLP outputs over √(2 · block)).
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones import image_size, last_map, mask_enters, token_entrance, token_map
+from ..backbones import image_size, last_map
 from ..errors import unknown
 from ..losses import focal_frequency, masked_mean
 from ..masking import check_mask_ratio, check_unit, paint_mean, unit_mask, upsample_mask
 from ..optim import decay_groups
 from ..parts import full_precision
 from ..recipes import Recipe
+from ..tokens import mask_enters, token_entrance, token_map
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
 from .base import Masked
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from .. import tokenizers
-from ..backbones import encode_visible, need_absolute_positions
+from ..backbones import need_absolute_positions
 from ..masking import block_mask, check_mask_ratio, upsample_mask, visible_first
 from ..parts import ema_update, frozen_copy, full_precision
 from ..recipes import Recipe
+from ..tokens import encode_visible
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
 from .base import Masked
 from .cae_neck import Decoder, Regressor, init_weights

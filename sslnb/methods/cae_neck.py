@@ -8,7 +8,7 @@ from timm.layers import DropPath
 from timm.models.beit import Block
 from torch import Tensor, nn
 
-from ..backbones import sincos_position
+from ..tokens import sincos_position
 
 norm = partial(nn.LayerNorm, eps=1e-6)
 

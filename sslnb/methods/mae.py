@@ -13,11 +13,12 @@ from functools import partial
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones import encode_visible, need_absolute_positions, sincos_position
+from ..backbones import need_absolute_positions
 from ..losses import masked_mean
 from ..masking import check_mask_ratio, patchify, random_mask, unpatchify, visible_first
 from ..parts import full_precision
 from ..recipes import Recipe
+from ..tokens import encode_visible, sincos_position
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
 from .base import Masked
 

@@ -15,13 +15,14 @@ half a patch wide: 8 of 16 px, and as much of a smaller patch. OpenMixup's confi
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones import cells, mask_enters, need_vit, put_token
+from ..backbones import cells, need_vit
 from ..errors import InputError, unknown
 from ..hog import BINS, from_patches, glyphs, hog, to_patches
 from ..losses import masked_mean
 from ..masking import block_mask, check_mask_ratio, patchify, unpatchify
 from ..parts import full_precision
 from ..recipes import Recipe
+from ..tokens import mask_enters, put_token
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
 from .base import Masked
 

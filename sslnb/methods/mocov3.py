@@ -15,10 +15,11 @@ import math
 
 from torch import Tensor, nn
 
-from ..backbones import need_absolute_positions, sincos_position
+from ..backbones import need_absolute_positions
 from ..optim import trainable
 from ..parts import cosine_to_one, ema_update, frozen_copy, full_precision, gather, mlp, normalized
 from ..recipes import Recipe
+from ..tokens import sincos_position
 from ..views import Blur, ColorJitter, Greyscale, HorizontalFlip, Normalize, RandomResizedCrop, Solarize, View, Views
 from .base import Method
 

@@ -15,12 +15,13 @@ before anything sees it: it is this method (its current code predicts the painte
 import torch
 from torch import Generator, Tensor, nn
 
-from ..backbones import last_map, mask_enters, put_token
+from ..backbones import last_map
 from ..errors import InputError
 from ..losses import masked_mean
 from ..masking import check_mask_ratio, check_unit, unit_mask, upsample_mask
 from ..parts import full_precision
 from ..recipes import Recipe
+from ..tokens import mask_enters, put_token
 from ..views import HorizontalFlip, Normalize, RandomResizedCrop, View, Views
 from .base import Masked
 

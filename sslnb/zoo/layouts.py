@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..backbones import sincos_position
 from ..errors import InputError
+from ..tokens import sincos_position
 
 Tensors = dict[str, Tensor]
 
