@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from sslnb.embedded import ASSETS, make_fashion_small
+from sslnb.embedded import ASSETS, digits, make_fashion_small
 
 ROOT = Path(__file__).parents[1]
 ON_CONDA = {"torch": "pytorch", "matplotlib": "matplotlib-base", "playwright": "playwright-python"}
@@ -49,6 +49,16 @@ def hashes(path):
 def test_fashion_small_is_the_subset_of_debians_files():
     assert hashes(ASSETS / "fashion_small.npz") == HASHES
     assert "Zalando" in (ASSETS / "fashion_small.LICENSE").read_text()
+
+
+def test_digits_are_scikit_learns_and_the_last_497_are_held_out():
+    from sklearn.datasets import load_digits
+
+    theirs, parts = load_digits(), [digits(split) for split in ("train", "test")]
+    assert [len(images) for images, _, _ in parts] == [1300, 497]
+    images, labels = (np.concatenate(x) for x in zip(*(part[:2] for part in parts), strict=True))
+    assert np.array_equal(images, np.repeat((theirs.images * 255 / 16).round().astype(np.uint8)[..., None], 3, -1))
+    assert images.dtype == np.uint8 and labels.dtype == np.int64 and np.array_equal(labels, theirs.target)
 
 
 @pytest.fixture

@@ -413,6 +413,9 @@ def test_reconstructions_say_how_many_patches_and_how_good(mae, clothes):
     assert "from the truth" not in fig.get_suptitle()
     mae.norm_pix = True
     assert "from the truth" in figures.reconstructions(mae, clothes[0], mask, clothes[1]).get_suptitle()
+    inpainting = methods.recipes("inpainting")["demo"].build().eval()  # its holes have the shape that they have
+    fig = figures.reconstructions(inpainting, clothes[0], random_mask(torch.rand(3, 784), 0.25), clothes[1])
+    assert fig.get_suptitle().startswith("196 of 784 pixels removed, ")
 
 
 def test_removed_patches_are_grey_and_the_others_untouched():
