@@ -30,6 +30,7 @@ def _all(x: Any, allows: Callable[[Any], bool], length: int | None = None) -> bo
 
 
 COUNT = Limit("a whole number of at least 1", lambda x: _whole(x, 1))
+SIDE = Limit("a whole number of pixels from 1 to 4096", lambda x: _whole(x, 1) and x <= 4096)
 COUNT_OR_0 = Limit("a whole number of at least 0", lambda x: _whole(x, 0))
 AMOUNT = Limit("a number of at least 0", lambda x: _number(x) and x >= 0)
 POSITIVE = Limit("a number above 0", lambda x: _number(x) and x > 0)
@@ -61,7 +62,8 @@ def _table(*rows: tuple[Limit, str]) -> dict[str, Limit]:
 
 # Of Recipe, then of pretrain. The rates and lengths that must fit one another are compared in recipes.py and checks.py.
 FIELDS = _table(
-    (COUNT, "size epochs batch gpus accum"), (COUNT_OR_0, "chunk steps warmup_steps"), (NAME, "method backbone data"),
+    (SIDE, "size"), (COUNT, "epochs batch gpus accum"), (COUNT_OR_0, "chunk steps warmup_steps"),
+    (NAME, "method backbone data"),
     (AMOUNT, "lr weight_decay warmup_epochs min_lr clip"), (SHARE, "warmup_from gamma"),
     (BELOW_1, "sgd_momentum hold_out"), (BETAS, "betas"), (MILESTONES, "milestones"), (PART, "fraction"),
     (FLAG, "nesterov lr_by_epoch cosine_from_start force_accum"),

@@ -704,6 +704,8 @@ def test_evaluate_looks_at_everything_before_anything_trains(source, tmp_path, m
         evaluate(source, protocols=["linear_demo", "semi_demo"], epochs=1)  # semi_demo counts in steps
     with pytest.raises(InputError, match="nowhere"):
         evaluate(source, "nowhere", ["linear_demo", "knn"])
+    with pytest.raises(InputError, match="^linear_demo trains .* data must be a name or a folder, not tuple.$"):
+        evaluate(source, (data.load("few_digits"), data.load("few_digits", "test")), ["linear_demo", "knn"])
     with pytest.raises(InputError, match="lr cannot be given: semi_demo chooses"):
         evaluate(source, protocols=["linear_demo", "semi_demo"], lr=0.1)
     assert not trained

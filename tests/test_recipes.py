@@ -310,6 +310,7 @@ def test_the_shape_of_a_schedule_survives_a_short_trial():
     (lambda: resolve("byol", temprature=1), "Unknown recipe value for byol 'temprature'"),
     (lambda: resolve("simclr", temprature=1), "did you mean 'temperature'"),
     (lambda: resolve("byol", epochs=0), "epochs 0 is impossible"),
+    (lambda: resolve("byol", size=100_000), "size 100000 is impossible: use a whole number of pixels from 1 to 4096"),
     (lambda: resolve("byol", batch=-3), "batch -3 is impossible"),
     (lambda: resolve("byol", lr=-1.0), "lr -1.0 is impossible"),
     (lambda: resolve("byol", lr=float("nan")), "lr nan is impossible"),
