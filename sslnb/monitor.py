@@ -181,7 +181,7 @@ class Meter:
 
     def __init__(self, trainer: "Trainer"):
         self.t, self.progress = trainer, Progress()
-        self.began, self.first = time.monotonic(), trainer.step
+        self.began, self.first, self.rows = time.monotonic(), trainer.step, 0
         self.waited = 0.0
         self.mark, self.mark_step, self.mark_waited = self.began, trainer.step, 0.0
 
@@ -196,14 +196,17 @@ class Meter:
         seconds, steps = max(1e-9, now - self.mark), t.step - self.mark_step
         values = {name: float(t.accelerator.reduce(v.to(t.device), reduction="mean")) for name, v in terms.items()}
         share = (self.waited - self.mark_waited) / seconds
+        left = (now - self.began) / (t.step - self.first) * (t.total - t.step)
         self.mark, self.mark_step, self.mark_waited = now, t.step, self.waited
+        self.rows += 1
+        if self.rows == 1:  # compiling, and loaders that start, happen once
+            self.began, self.first = now, t.step
         if not t.main:
             return
         speed, epoch = steps * t.recipe.total_batch / seconds, t.step / t.per_epoch
         t.run.append("step", step=t.step, epoch=epoch, **values, images_per_s=speed, data_wait=share,
                      seconds=now - start)
         t.accelerator.log(values, step=t.step)
-        left = (now - self.began) / (t.step - self.first) * (t.total - t.step)
         skipped = f", {t.skipped} steps skipped by fp16" if t.skipped else ""
         if self.progress(t.step / t.total, f"step {t.step}/{t.total}  epoch {epoch:.1f}  loss {values['loss']:.4f}  "
                          f"lr {values['lr']:.2g}  {speed:,.0f} images/s  waiting for data {share:.0%}  "

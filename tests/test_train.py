@@ -864,17 +864,19 @@ def test_the_log_counts_images_waiting_and_time_from_one_row_to_the_next(monkeyp
     run = SimpleNamespace(append=lambda kind, **row: rows.append(row), write_status=lambda **values: None)
     accelerator = SimpleNamespace(reduce=lambda value, reduction: value, log=lambda values, step: None)
     trainer = SimpleNamespace(run=run, accelerator=accelerator, recipe=SimpleNamespace(batch=32, total_batch=64),
-                              main=True, device="cpu", step=50, total=80, per_epoch=10, skipped=0)
+                              main=True, device="cpu", step=50, total=90, per_epoch=10, skipped=0)
     meter = Meter(trainer)
-    for seconds, waiting in ((20, 4), (10, 5)):
+    for seconds, waiting in ((20, 4), (10, 5), (7, 0)):
         with meter.waiting():
             now[0] += waiting
         now[0] += seconds - waiting
         trainer.step += 10
         meter.log({"loss": torch.tensor(1.0), "lr": torch.tensor(0.1)}, start=90.0)
     assert [(r["images_per_s"], r["data_wait"], r["seconds"], r["epoch"]) for r in rows] == [
-        (32.0, 0.2, 30.0, 6.0), (64.0, 0.5, 40.0, 7.0)]
-    assert "waiting for data 50%  0:15 left" in capsys.readouterr().out, "of 20 steps in 30 s another ten"
+        (32.0, 0.2, 30.0, 6.0), (64.0, 0.5, 40.0, 7.0), (640 / 7, 0.0, 47.0, 8.0)]
+    said = capsys.readouterr().out
+    assert "waiting for data 20%  1:00 left" in said and "waiting for data 50%  0:20 left" in said
+    assert "waiting for data 0%  0:08 left" in said, "20 steps took 17 s without the first ten, which begin slowly"
 
 
 def test_the_first_look_is_at_statistics_of_the_data(tiny, tmp_path):
