@@ -31,7 +31,8 @@ def join() -> None:
     """
     env = os.environ
     if (caller := int(env.get("SSLNB_PARENT", 0))) and not alive(caller):
-        sys.exit("The process that started the run is gone.")  # torchrun's restarts are used up soon: the lock is free
+        print("The process that started the run is gone.", flush=True)
+        sys.exit(0)  # torchrun, which starts its processes again after an error, ends too, and the lock is free
     if "TORCHELASTIC_RUN_ID" not in env:
         return
     env.setdefault("SSLNB_PARENT", str(os.getppid()))  # without torchrun nobody would end this process or restart it

@@ -214,8 +214,12 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
+def pids(command):
+    return subprocess.run(["pgrep", "-f", command], capture_output=True, text=True).stdout.split()
+
+
 def worker_pids(out):
-    found = subprocess.run(["pgrep", "-f", f"sslnb.train {out}"], capture_output=True, text=True).stdout.split()
+    found = pids(f"sslnb.train {out}")
     return [int(p) for p in found if b"torch.distributed.run" not in open(f"/proc/{p}/cmdline", "rb").read()]
 
 
@@ -263,9 +267,9 @@ def test_after_a_kill_of_the_caller_its_processes_save_and_the_same_command_at_o
     assert Run(out).history("event")[0]["step"] == Run(out).latest()["step"] > 0
     assert len(left) == 2 and not set(left) & set(worker_pids(out))
     again.kill()
-    wait_for(lambda: not worker_pids(out), 60)
-    time.sleep(3)  # torchrun would have started them again
-    assert not worker_pids(out) and Run(out).status()["state"] == "interrupted"
+    # torchrun too, which may start them once again: see `leave`.
+    wait_for(lambda: not pids(f"sslnb.train {out}"), 60)
+    assert Run(out).status()["state"] == "interrupted"
 
 
 def test_an_error_in_the_processes_ends_the_run_with_its_reason(tmp_path, monkeypatch):
