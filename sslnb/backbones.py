@@ -2,6 +2,7 @@
 
 A backbone is a timm model with `num_classes=0`: (B, 3, H, W) -> (B, num_features). Its state dict has timm's plain
 names, so what is trained here loads anywhere timm does. `my_file.py:my_net` is a name too, for any network: see `own`.
+Where patches are left out and mask tokens enter is in tokens.py.
 """
 
 import contextlib

@@ -45,7 +45,7 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     if isinstance(recipe, str):
         recipe = resolve(recipe, data="auto" if data is None else data)
     elif data is not None:
-        recipe = recipe.with_(data=said(data) if isinstance(data, os.PathLike) else data)
+        recipe = recipe.with_(data=said(data))
     for name, value in (("processes", processes), ("seed", seed), ("workers", workers), ("compile", compile),
                         ("resume", resume)):
         limits.check(name, value)

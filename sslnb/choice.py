@@ -35,7 +35,7 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
     else the demo recipe; on other images than digits and clothes this has the views that the method has by default, as
     for photographs. `processes` keeps the total batch. Errors: InputError for unknown names and bad numbers.
     """
-    data = said(data) if isinstance(data, Path) else data
+    data = said(data)
     limits.check("data", data)
     if processes != "auto":
         limits.check("processes", processes)

@@ -112,9 +112,12 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     return images.subset(_draw(images, fraction, seed))
 
 
-def said(data: str | Path) -> str:
-    """A name or path as text, for a recipe. A Path stays one: `Path("photos")` is a folder and no set of ours."""
-    return str(data.absolute()) if isinstance(data, os.PathLike) and str(data) in NAMES else str(data)
+def said(data: object) -> object:
+    """A path as text, for a recipe; it stays one: `Path("photos")` is a folder and no set of ours. All else as it is,
+    for the recipe to judge."""
+    if not isinstance(data, os.PathLike):
+        return data
+    return str(data.absolute()) if str(data) in NAMES else str(data)
 
 
 def located(name: str) -> str:

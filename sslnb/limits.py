@@ -51,6 +51,7 @@ LAYER = Limit("a whole number of at least 0, or None", lambda x: x is None or _w
 FLAG = Limit("True or False", lambda x: isinstance(x, bool))
 TEXT = Limit("a text", lambda x: isinstance(x, str))
 NAME = Limit("a name in quotation marks", lambda x: isinstance(x, str) and x != "")
+PLACE = Limit("a name of images or the path of a folder or list, as a text", NAME.allows)
 VALUES = Limit("a dictionary of names and values", lambda x: isinstance(x, Mapping) and all(map(TEXT.allows, x)))
 PART = Limit("a part such as 0.1, a list file, or None for all images",
              lambda x: x is None or TEXT.allows(x) or _number(x) and 0 < x <= 1)
@@ -63,7 +64,7 @@ def _table(*rows: tuple[Limit, str]) -> dict[str, Limit]:
 # Of Recipe, then of pretrain. The rates and lengths that must fit one another are compared in recipes.py and checks.py.
 FIELDS = _table(
     (SIDE, "size"), (COUNT, "epochs batch gpus accum"), (COUNT_OR_0, "chunk steps warmup_steps"),
-    (NAME, "method backbone data"),
+    (NAME, "method backbone"), (PLACE, "data"),
     (AMOUNT, "lr weight_decay warmup_epochs min_lr clip"), (SHARE, "warmup_from gamma"),
     (BELOW_1, "sgd_momentum hold_out"), (BETAS, "betas"), (MILESTONES, "milestones"), (PART, "fraction"),
     (FLAG, "nesterov lr_by_epoch cosine_from_start force_accum"),

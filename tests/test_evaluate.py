@@ -704,7 +704,7 @@ def test_evaluate_looks_at_everything_before_anything_trains(source, tmp_path, m
         evaluate(source, protocols=["linear_demo", "semi_demo"], epochs=1)  # semi_demo counts in steps
     with pytest.raises(InputError, match="nowhere"):
         evaluate(source, "nowhere", ["linear_demo", "knn"])
-    with pytest.raises(InputError, match="^linear_demo trains .* data must be a name or a folder, not tuple.$"):
+    with pytest.raises(InputError, match="^data .<sslnb.data.Images .* is impossible: use a name of images or "):
         evaluate(source, (data.load("few_digits"), data.load("few_digits", "test")), ["linear_demo", "knn"])
     with pytest.raises(InputError, match="lr cannot be given: semi_demo chooses"):
         evaluate(source, protocols=["linear_demo", "semi_demo"], lr=0.1)
@@ -1029,14 +1029,14 @@ def test_raw_pixels_have_nothing_to_tune():
 def test_features_of_two_processes_are_those_of_one_and_pieces_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 300)
     run = pretrain(methods.recipes("simclr")["demo"].with_(epochs=1, batch=160), out=tmp_path / "run")
-    alone = evaluate(run, protocols=["knn"], out=tmp_path / "one", baselines=False)
-    both = evaluate(run, protocols=["knn"], out=tmp_path / "two", processes=2, baselines=False)
+    alone = evaluate(run, protocols=["knn"], out=tmp_path / "one")
+    both = evaluate(run, protocols=["knn"], out=tmp_path / "two", processes=2)
     assert [(r["source"], r["top1"], r["by_k"]) for r in alone] == [(r["source"], r["top1"], r["by_k"]) for r in both]
     kept = sorted((tmp_path / "two").rglob("piece-*.safetensors"))
-    assert len(kept) == 5 + 2, "1,300 and 497 images"
+    assert len(kept) == 2 * (5 + 2), "1,300 and 497 images, of the run and of its random initialisation"
     kept[0].unlink()
     before = {p: p.stat().st_mtime_ns for p in kept[1:]}
-    evaluate(run, protocols=["knn"], out=tmp_path / "two", processes=2, baselines=False)
+    evaluate(run, protocols=["knn"], out=tmp_path / "two", processes=2)
     assert kept[0].exists() and before == {p: p.stat().st_mtime_ns for p in kept[1:]}, "only what was missing"
 
 

@@ -188,8 +188,7 @@ def short(path):
     names = declared(parameters_cell(path).source)
     few = {name: 10 if name.endswith("steps") else 1 for name in names
            if re.fullmatch(r"(\w+_)?(epochs|steps|rounds)", name)}
-    less = {"throughput": {"batch": 2, "files": 16}, "masking": {"methods": "mae,cae,inpainting"},
-            "eval_lowshot": {"shots": 4, "samples": 2, "costs": 2},
+    less = {"throughput": {"batch": 2, "files": 16}, "eval_lowshot": {"shots": 4, "samples": 2, "costs": 2},
             "eval_finetune": {"epochs": "auto"}}  # its demo is counted in steps
     return few | less.get(path.stem, {})
 

@@ -121,9 +121,6 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
         check_writable(folder)
     train, test = _load(data or source.data or DEFAULT_DATA) if quick else (None, None)
     trainers = {name: semi_supervised if name in SEMI else train_protocol for name in protocols if name in RECIPES}
-    if trainers and not isinstance(data, str | Path | None):
-        raise InputError(f"{next(iter(trainers))} trains as `pretrain` does, and reads its images itself: data must be "
-                         f"a name or a folder, not {type(data).__name__}.")
     for name, train_it in trainers.items():  # everything is looked at before anything trains
         about_the_run = {*inspect.signature(train_from).parameters, *inspect.signature(train_it).parameters}
         changes = {key: value for key, value in settings.items() if key not in about_the_run}
