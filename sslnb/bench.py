@@ -168,7 +168,8 @@ class Memory:
 
 
 def memory(recipes: Mapping[str, Recipe], batches: Sequence[int] = (16, 32, 64, 128)) -> dict[str, Memory]:
-    """Weigh the training step of each recipe at each batch: memory of the GPU if there is one, else of the process.
+    """Weigh the training step of each recipe at each batch, in the recipe's precision: memory of the GPU if there is
+    one, else of the process.
 
     Every measurement has a process to itself, in which glibc returns large blocks at once: what it would otherwise keep
     for later makes half as much again of what is needed, or nothing, as it happens.
@@ -177,7 +178,7 @@ def memory(recipes: Mapping[str, Recipe], batches: Sequence[int] = (16, 32, 64, 
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what this process holds in stock the others cannot have
-    cases = [r.with_(batch=batch, gpus=1, accum=1, precision="fp32") for r in recipes.values() for batch in batches]
+    cases = [r.with_(batch=batch, gpus=1, accum=1) for r in recipes.values() for batch in batches]
     found = subprocess.run([sys.executable, "-c", "from sslnb.bench import _weigh; _weigh()"], text=True, check=True,
                            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}, stdout=subprocess.PIPE,
                            input="\n".join(json.dumps(r.to_json()) for r in cases)).stdout
@@ -186,8 +187,8 @@ def memory(recipes: Mapping[str, Recipe], batches: Sequence[int] = (16, 32, 64, 
     for name, m in weighed.items():
         for batch, most in m.peaks.items():
             if not most:
-                raise InputError(f"{name}: a step in fp32 with {batch} images of {recipes[name].size} px does not fit "
-                                 "into this GPU; weigh smaller batches.")
+                raise InputError(f"{name}: a step in {recipes[name].precision} with {batch} images of "
+                                 f"{recipes[name].size} px does not fit into this GPU; weigh smaller batches.")
     return weighed
 
 

@@ -9,6 +9,7 @@ import functools
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +18,7 @@ from .draws import Draws
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision
+CONTRAST, SATURATION, HUE = 1, 2, 3  # among the ops of ColorJitter, of which brightness is the first
 
 
 class BatchOp:
@@ -57,26 +59,39 @@ class ColorJitter(BatchOp):
         return torch.stack(factors, 1), order.where(on[:, None] & used[order], -1)
 
     def apply(self, x: Tensor, factors: Tensor | list[float], order: Tensor | list[int]) -> Tensor:
-        """Place by place the images are sorted by the op they have there, so that each op finds its own side by side:
-        on a GPU the number of operations is what takes time."""
-        ops = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
         if isinstance(order, list):
+            ops = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
             for which in order:
                 if which >= 0:
                     ops[which](x, factors[which])
             return x
-        turns, images = order.sort(stable=True, dim=0)  # B x 4: row i of place p is images[i, p]
-        rows = images.argsort(0)  # image i is in rows[i, p]
-        moves = torch.cat([images[:, :1], rows[:, :-1].take_along_dim(images[:, 1:], 0), rows[:, -1:]], 1)
-        moves, factors = (y.T.contiguous().to(x.device, non_blocking=True) for y in (moves, factors[images, turns]))
-        counts = torch.stack([(turns == which).sum(0) for which in range(-1, len(ops))], 1).tolist()
-        for place, count in enumerate(counts):
-            x = x[moves[place]]
-            _, *sorts = zip(x.split(count), factors[place].split(count), strict=True)
-            for op, (some, factor) in zip(ops, sorts, strict=True):
-                if len(some):
-                    op(some, factor)
-        return x[moves[-1]]
+        return self.apply_together(x, factors, order)
+
+    def apply_together(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+        """The same for many images in few operations, whose number is what takes time on a GPU.
+
+        All ops but hue add to a part of the image what `mixed` adds, so that different ones go together. Hue goes once:
+        sorted by its place the images that have something left to do before it, or after it, lie side by side.
+        """
+        order, factors = order.numpy(), factors.numpy()  # torch takes three times as long for so few numbers
+        place = np.where(order == HUE, 2, order < 0).argmax(1)  # of hue, or where it would be: B
+        by_place = np.where((order >= 0).any(1), 3 - place, 4)
+        rows = by_place.argsort(kind="stable")
+        last, third, second, on = np.bincount(by_place, minlength=5).cumsum()[:4].tolist()  # so far hue is at least …
+        steps = place[:, None] + (-3, -2, -1, 1, 2, 3)  # three before hue and three after it: B x 6
+        which = np.where((steps >= 0) & (steps < 4), np.take_along_axis(order, steps % 4, 1), -1)
+        keep = np.where(which >= 0, np.take_along_axis(factors, which.clip(0), 1), np.float32(1))
+        shares = np.stack([keep, (1 - keep) * (which == SATURATION), (1 - keep) * (which == CONTRAST)])[:, rows].T
+        there, back, hue, shares = (torch.from_numpy(y).to(x.device, non_blocking=True) for y in (
+            rows, rows.argsort(), factors[rows[:on], HUE], shares.copy()[..., None, None, None]))
+        x = x[there]
+        for step, (first, end) in enumerate(((0, last), (0, third), (0, second),
+                                             (last, on), (third, on), (second, on))):
+            if step == 3 and on and self.hue:
+                adjust_hue(x[:on], hue)
+            if first < end:
+                mixed(x[first:end], *shares[step, first:end].unbind(1))
+        return x[back]
 
 
 @dataclass(frozen=True)
@@ -177,19 +192,30 @@ def luma(x: Tensor) -> Tensor:
     return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
-def adjust_brightness(x: Tensor, factor: Tensor | float) -> Tensor:
-    factor = per_image(factor, x)
+def mean_luma(x: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, 1, 1, 1): the luma of the mean colour."""
+    return (x.mean((2, 3), keepdim=True) * per_channel(LUMA, x)).sum(1, keepdim=True)
+
+
+def adjust_brightness(x: Tensor, factor: float) -> Tensor:
     return _clamped(x.mul_(factor), factor)
 
 
-def adjust_contrast(x: Tensor, factor: Tensor | float) -> Tensor:
-    """Blend with the mean luma of the image, which is the luma of its mean colour."""
-    return _blended(x, (x.mean((2, 3), keepdim=True) * per_channel(LUMA, x)).sum(1, keepdim=True), factor)
+def adjust_contrast(x: Tensor, factor: float) -> Tensor:
+    """Blend with the mean luma of the image."""
+    return _blended(x, mean_luma(x), factor)
 
 
-def adjust_saturation(x: Tensor, factor: Tensor | float) -> Tensor:
+def adjust_saturation(x: Tensor, factor: float) -> Tensor:
     """Blend with the image's own grey version."""
     return _blended(x, luma(x), factor)
+
+
+def mixed(x: Tensor, keep: Tensor, grey: Tensor, mean: Tensor) -> Tensor:
+    """These three for images that differ in what they need, by the share (B, 1, 1, 1) of the image itself, of its grey
+    version and of its mean luma."""
+    added = luma(x).mul_(grey).add_(mean_luma(x).mul_(mean))
+    return x.mul_(keep).add_(added).clamp_(0, 1)
 
 
 def adjust_hue(x: Tensor, factor: Tensor | float) -> Tensor:
@@ -272,15 +298,14 @@ def per_image(factor: Tensor | float, x: Tensor) -> Tensor | float:
     return factor if isinstance(factor, float) else factor.view(-1, 1, 1, 1).to(x.device, non_blocking=True)
 
 
-def _blended(x: Tensor, other: Tensor, factor: Tensor | float) -> Tensor:
+def _blended(x: Tensor, other: Tensor, factor: float) -> Tensor:
     """x times factor, and 1 - factor times the other, which may be overwritten."""
-    factor = per_image(factor, x)
     return _clamped(x.mul_(factor).add_(other.mul_(1 - factor)), factor)
 
 
-def _clamped(x: Tensor, factor: Tensor | float) -> Tensor:
+def _clamped(x: Tensor, factor: float) -> Tensor:
     """Back to [0, 1], which factors up to 1 do not leave."""
-    return x if isinstance(factor, float) and factor <= 1 else x.clamp_(0, 1)
+    return x if factor <= 1 else x.clamp_(0, 1)
 
 
 def per_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
