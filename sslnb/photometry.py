@@ -6,14 +6,13 @@ cache together.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .blur import gaussian_blur
 from .draws import Draws
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -240,57 +239,6 @@ def adjust_hue(x: Tensor, factor: Tensor | float) -> Tensor:
     torch.addcmul(value, chroma, g, value=-6, out=g)
     torch.addcmul(value, chroma, b, value=-6, out=b)
     return x
-
-
-def gaussian_blur(x: Tensor, sigma: Tensor | float, taps: int) -> Tensor:
-    """Separable blur with its own σ per image; the borders are reflected."""
-    sigmas = [sigma] if isinstance(sigma, float) else sigma.tolist()
-    reach = min(taps // 2, max(1, round(4 * max(sigmas))))  # what lies further away weighs < 1e-4 in all
-    reach = min(reach, min(x.shape[2:]) - 1)  # as far as borders can be reflected
-    weights = torch.tensor([_gaussian(sigma, reach) for sigma in sigmas])
-    padded = F.pad(x, [reach] * 4, mode="reflect")
-    return (_banded if x.device.type == "cpu" else _convolved)(padded, weights)
-
-
-def _gaussian(sigma: float, reach: int) -> list[float]:
-    """What pixels 0, 1, … `reach` away weigh, and 0 for those that are further. As plain numbers, for a dozen small
-    operations on tensors were a sixth of the time of a blur."""
-    weights = [math.exp(-0.5 * (away / sigma) ** 2) for away in range(reach + 1)]
-    whole = 2 * sum(weights) - weights[0]
-    return [weight / whole for weight in weights] + [0.0]
-
-
-def _banded(x: Tensor, weights: Tensor, block: int = 16) -> Tensor:
-    """Along rows and then columns, products of windows with a band matrix, which has the kernel once for each of the
-    `block` numbers that a window gives: the fastest way for large images on a CPU.
-
-    x (B, C, H + 2 reach, W + 2 reach), weights (B, reach + 2) -> (B, C, H, W).
-    """
-    reach = weights.shape[1] - 2
-    height, width, window = x.shape[2] - 2 * reach, x.shape[3] - 2 * reach, block + 2 * reach
-    if height % block or width % block:
-        x = F.pad(x, (0, -width % block, 0, -height % block))
-    band = weights[:, _distances(block, reach)]
-    rows = x.unfold(3, window, block).reshape(len(x), -1, window) @ band.mT
-    columns = rows.view(*x.shape[:3], -1).unfold(2, window, block).mT  # B x C x blocks x window x W
-    return (band[:, None, None] @ columns).flatten(2, 3)[:, :, :height, :width]
-
-
-@functools.cache
-@torch.inference_mode(False)  # as below
-def _distances(block: int, reach: int) -> Tensor:
-    """How far each number of a window is from each that it gives, at most reach + 1: (block, block + 2 reach)."""
-    window, given = torch.arange(-reach, block + reach), torch.arange(block)
-    return (window - given[:, None]).abs().clamp(max=reach + 1)
-
-
-def _convolved(x: Tensor, weights: Tensor) -> Tensor:
-    """The same as two convolutions, each channel of each image with its own kernel: half the time on a GPU."""
-    kernel = weights[:, _distances(1, weights.shape[1] - 2)[0]].to(x.device, non_blocking=True)
-    each = kernel.repeat_interleave(x.shape[1], 0)[:, None, None]
-    channels = x.flatten(0, 1)[None]  # 1 x B·C x height x width
-    blurred = F.conv2d(F.conv2d(channels, each, groups=len(each)), each.mT, groups=len(each))
-    return blurred.unflatten(1, x.shape[:2])[0]
 
 
 def per_image(factor: Tensor | float, x: Tensor) -> Tensor | float:

@@ -10,12 +10,13 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from sslnb import methods, photometry, resolve
+from sslnb import blur, methods, resolve
 from sslnb import views as V
+from sslnb.blur import gaussian_blur
 from sslnb.draws import Draws
 from sslnb.embedded import photos
 from sslnb.errors import InputError
-from sslnb.photometry import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, gaussian_blur
+from sslnb.photometry import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
 TOLERANCE = 1e-5
 
@@ -42,10 +43,10 @@ def test_colour_ops_agree_with_torchvision(pictures, ours, theirs, low, high):
         assert (ours(pictures.clone(), factors) - expected).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("way", [photometry._banded, photometry._convolved])  # of a CPU and of a GPU
+@pytest.mark.parametrize("way", [blur._banded, blur._convolved])  # of a CPU and of a GPU
 @pytest.mark.parametrize(("taps", "size"), [(3, (96, 96)), (9, (83, 96)), (23, (96, 49))])
 def test_blur_agrees_with_torchvision(pictures, taps, size, way, monkeypatch):
-    monkeypatch.setattr(photometry, "_banded", way)
+    monkeypatch.setattr(blur, "_banded", way)
     pictures = pictures[..., :size[0], :size[1]]
     sigma = torch.linspace(0.1, 2, len(pictures))
     theirs = one_by_one(lambda x, s: TF.gaussian_blur(x, [taps, taps], [s, s]), pictures, sigma)
