@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor | float, taps: int) -> Tensor:
-    """Separable blur of x (B, C, H, W) with `taps` numbers a row and σ in px, (B,) on the CPU or one number; the borders
-    are reflected."""
+    """Separable blur of x (B, C, H, W) with kernels of `taps` numbers and σ in px, (B,) on the CPU or one number; the
+    borders are reflected."""
     sigmas = np.array([sigma] if isinstance(sigma, float) else sigma.numpy(), float)
     reach = min(taps // 2, max(1, round(4 * sigmas.max())))  # what lies further away weighs < 1e-4 in all
     reach = min(reach, min(x.shape[2:]) - 1)  # as far as borders can be reflected
