@@ -84,8 +84,8 @@ def load(name: str | Path, split: str = "train", *, fraction: float | str | Path
     A folder in the layout of VOC or COCO has boxes too, see sslnb.boxes.
     The list of a folder with more than 20,000 images is kept in $XDG_CACHE_HOME/sslnb (else ~/.cache/sslnb), and made
     anew as soon as a file or folder was added, removed or renamed; see sslnb.folders.
-    `root` is where a downloaded set lies: otherwise $SSLNB_DATA or ./data, for ImageNet $IMAGENET or
-    ./data/imagenet. Whatever is unknown, missing or contradictory raises InputError.
+    `root` is where a downloaded set lies: otherwise $SSLNB_DATA or ./data (or, of Fashion-MNIST, Debian's package), for
+    ImageNet $IMAGENET or ./data/imagenet. Whatever is unknown, missing or contradictory raises InputError.
     """
     splits = ["train", "test", "unlabeled"] if name == "stl10" else ["train", "test"]
     if split not in splits:
@@ -133,7 +133,7 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
         pixels, labels, classes = EMBEDDED[name](split)
         return Images(name, split, pixels, labels=labels, classes=classes)
     if name in DOWNLOADS:
-        return _downloaded(name, split, Path(root or os.environ.get("SSLNB_DATA", "data")).expanduser())
+        return _downloaded(name, split, root)
     known = None if name in NAMES else kept(path)
     if known is None or any(folder.startswith(("VOC", "annotations")) for folder in known.folders):
         from . import boxes
@@ -157,11 +157,12 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
     return _hold_out(_folder(path, str(path), split, [], found), seed)
 
 
-def _downloaded(name: str, split: str, root: Path) -> Images:
+def _downloaded(name: str, split: str, given: str | Path | None) -> Images:
     which = {"split": split} if name == "stl10" else {"train": split == "train"}
+    root = Path(given or os.environ.get("SSLNB_DATA", "data")).expanduser()
     try:
         if name == "fashion_mnist":
-            return _fashion_mnist(split, root / "FashionMNIST" / "raw")
+            return _fashion_mnist(split, root / "FashionMNIST" / "raw", given is None)
         from torchvision import datasets
         found = getattr(datasets, DOWNLOADS[name])(root, **which)
     except (RuntimeError, OSError, EOFError, ValueError) as error:
@@ -173,9 +174,9 @@ def _downloaded(name: str, split: str, root: Path) -> Images:
     return Images(name, split, found.data.transpose(0, 2, 3, 1), labels=labels, classes=found.classes)
 
 
-def _fashion_mnist(split: str, folder: Path) -> Images:
+def _fashion_mnist(split: str, folder: Path, or_debians: bool) -> Images:
     start = "train" if split == "train" else "t10k"
-    for place, end in ((folder, ""), (folder, ".gz"), (DEBIAN_FASHION_MNIST, ".gz")):
+    for place, end in ((folder, ""), (folder, ".gz"), *([(DEBIAN_FASHION_MNIST, ".gz")] if or_debians else [])):
         pixels, labels = (place / f"{start}-{part}-ubyte{end}" for part in ("images-idx3", "labels-idx1"))
         if pixels.is_file():
             return Images("fashion_mnist", split, read_idx(pixels),

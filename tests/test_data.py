@@ -78,9 +78,14 @@ def test_fashion_mnist_is_read_from_torchvisions_layout(tmp_path, end, monkeypat
         (raw / f"t10k-{part}-ubyte{end}").write_bytes(gzip.compress(content) if end else content)
     found = load("fashion_mnist", "test", root=tmp_path)
     assert found.labels.equal(small.labels) and (pixels(found[7]) == pixels(small[7])).all()
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path)
     with pytest.raises(InputError, match="fashion_mnist.*torchvision.datasets.FashionMNIST"):
         load("fashion_mnist", "train", root=tmp_path)
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", raw)
+    with pytest.raises(InputError, match="fashion_mnist is not whole in .*nowhere"):
+        load("fashion_mnist", "test", root=tmp_path / "nowhere")  # another place than the one named is no answer
+    monkeypatch.setenv("SSLNB_DATA", str(tmp_path / "nowhere"))
+    if end:  # Debian's are packed
+        assert len(load("fashion_mnist", "test")) == 20
 
 
 def test_cifar_and_stl_are_read_through_torchvision(tmp_path, photo, monkeypatch):
