@@ -69,27 +69,28 @@ class ColorJitter(BatchOp):
     def apply_together(self, x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
         """The same for many images in few operations, whose number is what takes time on a GPU.
 
-        All ops but hue add to a part of the image what `mixed` adds, so that different ones go together. Hue goes once:
-        sorted by its place the images that have something left to do before it, or after it, lie side by side.
+        `mixed` does for every op but hue, so images whose turn is at different ones go together. And that hue need go
+        only once, images are sorted by its place in their order: first those where it is last, which have three ops
+        before it and none after it, then those where it is third, and so on; last those that stay as they are.
         """
         order, factors = order.numpy(), factors.numpy()  # torch takes three times as long for so few numbers
         place = np.where(order == HUE, 2, order < 0).argmax(1)  # of hue, or where it would be: B
-        by_place = np.where((order >= 0).any(1), 3 - place, 4)
-        rows = by_place.argsort(kind="stable")
-        last, third, second, on = np.bincount(by_place, minlength=5).cumsum()[:4].tolist()  # so far hue is at least …
-        steps = place[:, None] + (-3, -2, -1, 1, 2, 3)  # three before hue and three after it: B x 6
-        which = np.where((steps >= 0) & (steps < 4), np.take_along_axis(order, steps % 4, 1), -1)
+        group = np.where((order >= 0).any(1), 3 - place, 4)
+        rows = group.argsort(kind="stable")
+        last, third, second, on = np.bincount(group, minlength=5).cumsum()[:4].tolist()  # where these groups end
+        turns = place[:, None] + (-3, -2, -1, 1, 2, 3)  # B x 6: three before hue and three after it
+        which = np.where((turns >= 0) & (turns < 4), np.take_along_axis(order, turns % 4, 1), -1)
         keep = np.where(which >= 0, np.take_along_axis(factors, which.clip(0), 1), np.float32(1))
         shares = np.stack([keep, (1 - keep) * (which == SATURATION), (1 - keep) * (which == CONTRAST)])[:, rows].T
         there, back, hue, shares = (torch.from_numpy(y).to(x.device, non_blocking=True) for y in (
             rows, rows.argsort(), factors[rows[:on], HUE], shares.copy()[..., None, None, None]))
         x = x[there]
-        for step, (first, end) in enumerate(((0, last), (0, third), (0, second),
+        for turn, (first, end) in enumerate(((0, last), (0, third), (0, second),
                                              (last, on), (third, on), (second, on))):
-            if step == 3 and on and self.hue:
+            if turn == 3 and on and self.hue:
                 adjust_hue(x[:on], hue)
             if first < end:
-                mixed(x[first:end], *shares[step, first:end].unbind(1))
+                mixed(x[first:end], *shares[turn, first:end].unbind(1))
         return x[back]
 
 
