@@ -81,6 +81,18 @@ def sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
+def check_place(out: str | Path) -> None:
+    """Whether `out` can be written or made, without making it. Errors: InputError."""
+    place = os.path.abspath(os.path.expanduser(out))
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise InputError(f"out {str(out)!r} cannot be a folder, for {place} is none; choose another one.")
+    if not os.access(place, os.W_OK):
+        raise InputError(f"out {str(out)!r} cannot be written, for this user may not write to {place}; choose another "
+                         "folder.")
+
+
 def check_writable(folder: Path) -> None:
     """Make the folder, if it is not there. Errors: InputError, before any work whose results it could not take."""
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .errors import InputError, unknown
+from .files import check_place
 from .launch import limit_threads
 
 PATIENCE = 10  # s of a job before it says how long it will take
@@ -44,7 +45,8 @@ def parameters() -> SimpleNamespace:
 
     Papermill puts what `-p name value` says into a cell of its own, whatever the name and the type. Here a name that
     the parameters cell does not declare stops the notebook and names the nearest; values are turned into the
-    annotated type ("false" is False, 1e2 is 100), and "auto" passes where it is the declared default.
+    annotated type ("false" is False, 1e2 is 100), and "auto" passes where it is the declared default. An `out` that
+    cannot be written is told here too, before any work.
 
     From here on torch takes half of the cores in every cell, as training does: with all of them a cell of 7 s was
     measured to take 249 s beside a second notebook.
@@ -52,7 +54,10 @@ def parameters() -> SimpleNamespace:
     limit_threads(1)
     shell = _shell()
     cell, injected = find([cell for cell in shell.user_ns["In"] if cell.strip()])
-    return check(declared(cell), assigned(injected), shell.user_ns)
+    found = check(declared(cell), assigned(injected), shell.user_ns)
+    if getattr(found, "out", "auto") != "auto":
+        check_place(found.out)
+    return found
 
 
 def find(cells: list[str]) -> tuple[str, str]:

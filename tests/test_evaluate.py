@@ -29,6 +29,7 @@ from sslnb.evaluate.knn import knn_grid, weighted_knn
 from sslnb.evaluate.linear import linear_probe
 from sslnb.evaluate.sources import open_source, switched_on
 from sslnb.views import IMAGENET_MEAN, IMAGENET_STD
+from sslnb.zoo import published
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -748,6 +749,18 @@ def test_a_network_that_does_not_exist_is_told_before_images_are_loaded(monkeypa
     monkeypatch.setattr("sslnb.evaluate._load", lambda data: pytest.fail("it loaded images"))
     with pytest.raises(InputError, match="Unknown backbone 'resnet51': did you mean"):
         evaluate("resnet51")
+
+
+def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(source.path, tmp_path / "run")
+    evaluate("~/run", protocols=["knn"], baselines=False, out="~/rows")
+    assert len(published.measured("~/rows")) == 1 and (tmp_path / "rows" / "results.jsonl").is_file()
+    assert Run.open("~/run").export("~/export") == tmp_path / "export"
+    (tmp_path / "mine.py").write_text("from sslnb.methods.simclr import SimCLR\nclass Mine(SimCLR): pass\nRECIPES = {}\n")
+    assert methods.get("~/mine.py:Mine").__name__ == "Mine"
+    assert not (tmp_path / "~").exists()
 
 
 def test_evaluate_an_exported_folder(source, tmp_path):

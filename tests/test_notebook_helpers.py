@@ -110,6 +110,19 @@ def test_cells_take_half_of_the_cores(shell, monkeypatch):
     assert asked == [3]
 
 
+def test_an_out_that_cannot_be_written_stops_the_cell(shell, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+
+    def said(out):
+        run(shell, CELL, f"# Parameters\nout = {str(out)!r}\n")
+        return str(shell.run_cell(READ, store_history=True).error_in_exec)
+
+    assert f"for {tmp_path / 'file'} is none; choose another one." in said(tmp_path / "file" / "runs" / "a")
+    assert said(tmp_path / "new" / "run") == "None" and not (tmp_path / "new").exists()
+    monkeypatch.setattr("os.access", lambda place, how: False)  # else root may write anywhere
+    assert f"this user may not write to {tmp_path}; choose another folder." in said(tmp_path / "new" / "run")
+
+
 def test_an_injected_name_that_is_not_declared_stops_the_cell(shell):
     run(shell, CELL, "# Parameters\nepoch = 3\n")
     result = shell.run_cell(READ, store_history=True)

@@ -201,7 +201,7 @@ def _written(voc: VocFeatures, protocol: str, numbers: dict, seed: int, out: str
     rng, test = np.random.RandomState(0), voc.targets["test"]
     chance = np.mean([average_precision(t, rng.permutation(len(t))) for t in test.T for _ in range(20)])
     row = result_row(voc.source, voc.data, protocol, {**numbers, "chance": 100 * float(chance), "n": len(test)}, seed)
-    folder = Path(out) if out else voc.folder
+    folder = Path(out).expanduser() if out else voc.folder
     if folder:
         append_jsonl(folder / "results.jsonl", row)
     return row

@@ -95,6 +95,8 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
         raise InputError(f"A {type(source).__name__} is nothing that can be evaluated: give a run, a path, a file of "
                          "weights or a name; of a model in memory save the state_dict() to a file, and give that and "
                          "its timm name as `backbone`.")
+    if str(source).startswith("~"):
+        source = Path(source).expanduser()
     if Path(source).name == "backbone.safetensors" and backbone is None:
         source = zoo.home_of(source) or source  # a run's weights are the run
     weights, exported = (Path(source, name) for name in zoo.OURS)

@@ -78,7 +78,7 @@ def located(name: str) -> str:
 
 
 def _path(file: str) -> Path:
-    return Path(file if file.endswith(".py") else f"{file}.py")
+    return Path(file if file.endswith(".py") else f"{file}.py").expanduser()
 
 
 def _same_class(one: str, other: str) -> bool:

@@ -30,7 +30,7 @@ def export(run: Run, folder: str | Path | None = None, *, licence: str = LICENCE
     state = run.status().get("state")
     if state != "done":
         raise InputError(f"{run.path} is {state or 'not started'} and not done; finish it before its weights go out.")
-    folder = Path(folder or run.path / "export")
+    folder = Path(folder or run.path / "export").expanduser()
     backbone, recipe = run.backbone(), run.recipe
     tensors = backbone.state_dict()
     theirs = to_openmmlab(tensors) if openmmlab else None
@@ -51,7 +51,8 @@ def push(folder: str | Path, repo: str, **settings: Any) -> str:
     """
     from huggingface_hub import HfApi
 
-    needed = [name for name in ("model.safetensors", "config.json", "README.md") if not (Path(folder) / name).is_file()]
+    folder = Path(folder).expanduser()
+    needed = [name for name in ("model.safetensors", "config.json", "README.md") if not (folder / name).is_file()]
     if needed:
         raise InputError(f"{folder} is no exported run: {', '.join(needed)} is not there; write it with run.export().")
     api = HfApi()

@@ -77,7 +77,7 @@ def measured(folder: str | Path) -> list[dict[str, Any]]:
     newest counts.
     """
     rows: dict[tuple, dict[str, Any]] = {}
-    for file in sorted(Path(folder).rglob("results.jsonl")):
+    for file in sorted(Path(folder).expanduser().rglob("results.jsonl")):
         run = Run(file.parent) if (file.parent / "recipe.json").exists() else None
         for row in read_jsonl(file):
             judged = _judged(row, run)
@@ -119,7 +119,7 @@ def executed(folder: str | Path) -> dict[str, list[str]]:
     import nbformat
 
     found = {}
-    for path in sorted(Path(folder).rglob("*.ipynb")):
+    for path in sorted(Path(folder).expanduser().rglob("*.ipynb")):
         book = nbformat.read(path, as_version=4)
         if "papermill" in book.metadata:
             text = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
