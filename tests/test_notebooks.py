@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if path.stem in METHODS]
 EXAMS = [path for path in NOTEBOOKS if path.stem.startswith("eval_") or path.stem == "throughput"]
-SHARED = ["data", "recipe", "size", "backbone", "epochs", "batch", "lr", "precision", "processes", "workers", "seed",
-          "out", "resume"]
+SHARED = ["data", "recipe", "size", "backbone", "weights", "epochs", "batch", "lr", "precision", "processes", "workers",
+          "compile", "seed", "out", "resume"]
 SECTIONS = ["parameters", "recipe", "view", "step by step", "train", "learning|curve|collaps", "look", "evaluat",
             "break", "scale", "exercise"]
 
