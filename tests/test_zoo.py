@@ -779,6 +779,8 @@ def test_a_part_of_a_larger_network_is_not_loaded(tmp_path):
         zoo.load(tmp_path / "beit.pth", "beit_base_patch16_224", 32, depth=1, use_abs_pos_emb=False)
     with pytest.raises(InputError, match="neither a file nor the name .* did you mean moco_v2_800ep"):
         zoo.load("moco_v2_80ep")
+    with pytest.raises(InputError, match=r"There is no file and no run 'runs/moco_v2'; give one that is there"):
+        zoo.load("runs/moco_v2")
     with pytest.raises(InputError, match="is not read here: A ResNet-200 of twice the width.*storage.googleapis"):
         zoo.load("byol_resnet200x2_1000ep")
 

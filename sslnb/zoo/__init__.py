@@ -101,6 +101,8 @@ def _open(source: str | Path) -> _Opened:
                          "file.")
     if path.is_file():
         verify(path, row.checksum if row else "")
+    elif not row and path.name != str(source):
+        raise InputError(f"There is no file and no run {str(path)!r}; give one that is there, or one of zoo.names().")
     elif not row:
         near = difflib.get_close_matches(str(source), MODELS, n=3, cutoff=0.4)
         raise InputError(f"{str(source)!r} is neither a file nor the name of a published one"
