@@ -114,7 +114,7 @@ class Trainer:
         if recipe.chunk:
             in_chunks(method, recipe.chunk)
         method.to(self.device, memory_format=torch.channels_last)
-        self.method = method
+        self.method, self.trained = method, optim.trainable(method)
         self.optimizer = optim.build(method.param_groups(recipe), recipe)
         model = launch.compiled(method) if settings["compile"] else method
         if self.main and settings["compile"]:
@@ -210,14 +210,15 @@ class Trainer:
             together = contextlib.nullcontext() if micro == accum - 1 else self.accelerator.no_sync(self.model)
             with together:
                 out = self.model(views, index.to(self.device, non_blocking=True))
-                self.accelerator.backward(out["loss"] / accum)
+                self.accelerator.backward(_part(out["loss"], accum))
             for name, value in out.items():
                 if value.ndim == 0:
-                    sums[name] = sums.get(name, 0.0) + value.detach() / accum
+                    part = _part(value.detach(), accum)
+                    sums[name] = sums[name] + part if name in sums else part
         progress = (self.step + 1) / self.total
         self.method.before_step(progress)
         self.accelerator.unscale_gradients()
-        trained = [w for w in optim.trainable(self.model) if w.grad is not None]
+        trained = [w for w in self.trained if w.grad is not None]
         norm = get_total_norm([w.grad for w in trained])
         # fp16 skips a step whose gradients are not finite, which is no fault.
         self.finite.note(sums if self.accelerator.scaler else {**sums, "grad_norm": norm}, self.step)
@@ -331,6 +332,11 @@ class Trainer:
         self.loader = None  # ends persistent workers
         torch.backends.cudnn.deterministic = self.deterministic
         torch.set_num_threads(self.threads)
+
+
+def _part(value: Tensor, accum: int) -> Tensor:
+    """What one of so many micro-batches adds to the step's mean."""
+    return value / accum if accum > 1 else value
 
 
 def main() -> None:
