@@ -17,7 +17,7 @@ from .choice import resolve
 from .data import Images, located, said
 from .errors import InputError, unknown
 from .files import read_jsonl, write_atomic
-from .launch import can_compute_in
+from .launch import can_compile, can_compute_in
 from .nodes import began_with, contents, same_images
 from .notebook import in_notebook
 from .recipes import Recipe, method_numbers
@@ -55,6 +55,8 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     _check_trackers(trackers)
     if recipe.chunk:
         _check_chunk(recipe, compile)
+    if compile and held is not None:  # trained here
+        can_compile()
     if resume and (finished := _finished(recipe, out, seed)):
         return finished
     images = recipe.load()

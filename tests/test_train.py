@@ -370,12 +370,29 @@ def test_of_transformers_one_block_is_compiled_for_all(tiny, tmp_path, monkeypat
     torch._dynamo.reset()
     utils.counters.clear()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setenv("CXX", sys.executable)  # there, and not asked
     fast = pretrain(tiny(method), out=tmp_path / "fast", compile=True)
     assert utils.counters["stats"]["unique_graphs"] == graphs and not utils.counters["graph_break"]
     assert "compiled in the first step, which may take minutes" in capsys.readouterr().out
     whole = pretrain(tiny(method), out=tmp_path / "whole")
     assert [row["loss"] for row in fast.history()] == [row["loss"] for row in whole.history()]
     assert fast.latest()["method"].keys() == whole.latest()["method"].keys()
+
+
+def test_without_a_compiler_compile_is_refused_before_any_work(tiny, tmp_path, monkeypatch):
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = r"compile=True needs a compiler, and (g\+\+|clang\+\+|gcc or clang) is not here; install it"
+    with pytest.raises(InputError, match=words):
+        pretrain(tiny(), out=tmp_path / "run", compile=True)
+    assert not (tmp_path / "run").exists()
+    run = prepare(tiny(), out=tmp_path / "run", compile=True)  # there may be one where it is trained
+    with pytest.raises(InputError, match=words):
+        train(run)
+    monkeypatch.setenv("CXX", f"{sys.executable} -O")
+    monkeypatch.setenv("CC", sys.executable)
+    launch.can_compile()
 
 
 def test_a_tracker_by_name(tiny, tmp_path):
