@@ -19,6 +19,7 @@ from PIL import Image
 
 from .data import Images
 from .errors import InputError, unknown
+from .files import expanded
 from .segments import decoded
 
 VOC_CLASSES = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
@@ -134,7 +135,7 @@ def find(name: str | Path, split: str) -> Boxes | None:
         from .clothes import clothes_in_photos
 
         return clothes_in_photos(split)
-    root = Path(name).expanduser()
+    root = expanded(name)
     root = root / "VOCdevkit" if (root / "VOCdevkit").is_dir() else root
     if any(root.glob("VOC[0-9][0-9][0-9][0-9]")):
         wanted = f"VOC*/ImageSets/Main/{'trainval' if split == 'train' else 'test'}.txt"

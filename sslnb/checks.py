@@ -16,7 +16,7 @@ from . import limits, methods
 from .choice import resolve
 from .data import Images, located, said
 from .errors import InputError, unknown
-from .files import read_jsonl, write_atomic
+from .files import expanded, read_jsonl, write_atomic
 from .launch import can_compile, can_compute_in
 from .nodes import began_with, contents, same_images
 from .notebook import in_notebook
@@ -55,10 +55,10 @@ def prepare(recipe: Recipe | str, data: str | Path | None = None, out: str | Pat
     _check_trackers(trackers)
     if recipe.chunk:
         _check_chunk(recipe, compile)
-    if compile and held is not None:  # trained here
-        can_compile()
     if resume and (finished := _finished(recipe, out, seed)):
         return finished
+    if compile and held is not None:  # trained here
+        can_compile()
     images = recipe.load()
     asked = recipe  # in the caller's words; a run is opened from other folders too
     recipe = recipe.with_(data=located(recipe.data), weights=_weights(recipe.weights))
@@ -221,7 +221,7 @@ def _weights(said: str) -> str:
     """The weights that a recipe begins with: a name of the zoo, else the whole path."""
     from .zoo import MODELS
 
-    return said if not said or said in MODELS else os.path.abspath(os.path.expanduser(said))
+    return said if not said or said in MODELS else os.path.abspath(expanded(said))
 
 
 def _in_files(recipe: dict) -> dict[str, str]:

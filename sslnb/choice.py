@@ -11,6 +11,7 @@ from . import limits, methods
 from .backbones import kind
 from .data import said
 from .errors import unknown
+from .files import expanded
 from .recipes import Recipe
 
 DRAWINGS = "digits", "digits_scattered", "fashion_small", "fashion_mnist"  # small and grey: what our demos are made for
@@ -22,7 +23,7 @@ def is_imagenet(data: str | Path) -> bool:
     """The name "imagenet", or a folder whose train/ (or itself) holds synset folders such as n01440764."""
     if str(data) == "imagenet":
         return True
-    root = Path(os.path.expanduser(data))  # as `load` does
+    root = expanded(data)  # as `load` does
     train = root / "train" if (root / "train").is_dir() else root
     return train.is_dir() and sum(bool(re.fullmatch(r"n\d{8}", p.name)) for p in train.iterdir()) >= 1000
 
@@ -47,7 +48,7 @@ def resolve(method: str, recipe: str = "auto", *, data: str = "auto", processes:
         rows = [r for name, r in known.items() if name != "demo"]
         if data != "auto" and is_imagenet(data) and rows:
             chosen = _nearest(rows, **changes)
-            if data != "imagenet" and not os.path.isdir(os.path.join(os.path.expanduser(data), "train")):
+            if data != "imagenet" and not os.path.isdir(expanded(data) / "train"):
                 note = "A tenth of every class is held out for testing; give the folder above train/ to train on all."
                 chosen = dataclasses.replace(chosen, published={}, note=f"{note} {chosen.note}".strip())
         else:

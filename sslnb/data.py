@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from .decoding import BrokenImage, pixels, read_image, read_pixels
 from .embedded import DEBIAN_FASHION_MNIST, EMBEDDED, FASHION_CLASSES, read_idx
 from .errors import InputError, unknown
+from .files import expanded
 from .folders import EXTENSIONS, Listing, check_classes, kept, layout, listing, subfolders, with_images
 
 DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10"}
@@ -122,11 +123,11 @@ def said(data: object) -> object:
 
 def located(name: str) -> str:
     """The name, or the whole path of what is no name: it holds from any folder."""
-    return name if name in (*NAMES, *EMBEDDED) else str(Path(name).expanduser().absolute())
+    return name if name in (*NAMES, *EMBEDDED) else str(expanded(name).absolute())
 
 
 def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> Images:
-    path = Path(name).expanduser()
+    path = expanded(name)
     if isinstance(name, str) and name in NAMES and path.is_dir():
         raise InputError(f"{name!r} is a set of ours and a folder here; write './{name}' for the folder, or rename it.")
     if name in EMBEDDED:
@@ -140,10 +141,10 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
         if (found := boxes.find(name, split)) is not None:
             return found
     if name in NAMES or name == "imagenet100" and not path.is_dir():
-        folder = Path(root or os.environ.get("IMAGENET", "data/imagenet")).expanduser()
+        folder = expanded(root or os.environ.get("IMAGENET", "data/imagenet"))
         return _split_folder(folder, split, name, layout(folder)[0])
     if path.is_file():
-        return _hold_out(_listed(path, Path(root or path.parent).expanduser(), split, str(path)), seed)
+        return _hold_out(_listed(path, expanded(root or path.parent), split, str(path)), seed)
     if not path.is_dir():
         unknown("data set (a name, or a path to a folder or list file that exists)", str(name), NAMES)
     parts, others = layout(path, known)
@@ -151,7 +152,7 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
         return _split_folder(path, split, str(path), parts)
     lists = path / "train.txt", path / "val.txt"
     if all(file.is_file() for file in lists):
-        return _listed(lists[split != "train"], Path(root or path).expanduser(), split, str(path))
+        return _listed(lists[split != "train"], expanded(root or path), split, str(path))
     found = known or listing(path)
     check_classes(path, found, parts, others)
     return _hold_out(_folder(path, str(path), split, [], found), seed)
@@ -159,7 +160,7 @@ def _find(name: str | Path, split: str, root: str | Path | None, seed: int) -> I
 
 def _downloaded(name: str, split: str, given: str | Path | None) -> Images:
     which = {"split": split} if name == "stl10" else {"train": split == "train"}
-    root = Path(given or os.environ.get("SSLNB_DATA", "data")).expanduser()
+    root = expanded(given or os.environ.get("SSLNB_DATA", "data"))
     try:
         if name == "fashion_mnist":
             return _fashion_mnist(split, root / "FashionMNIST" / "raw", given is None)
@@ -176,7 +177,7 @@ def _downloaded(name: str, split: str, given: str | Path | None) -> Images:
 
 def _fashion_mnist(split: str, folder: Path, or_debians: bool) -> Images:
     start = "train" if split == "train" else "t10k"
-    for place, end in ((folder, ""), (folder, ".gz"), *([(DEBIAN_FASHION_MNIST, ".gz")] if or_debians else [])):
+    for place, end in [(folder, ""), (folder, ".gz")] + [(DEBIAN_FASHION_MNIST, ".gz")] * or_debians:
         pixels, labels = (place / f"{start}-{part}-ubyte{end}" for part in ("images-idx3", "labels-idx1"))
         if pixels.is_file():
             return Images("fashion_mnist", split, read_idx(pixels),
@@ -234,7 +235,7 @@ def _listed(file: Path, root: Path, split: str, name: str) -> Images:
 
 def _lines(file: Path) -> list[str]:
     try:
-        text = file.expanduser().read_text("utf-8-sig")
+        text = expanded(file).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         remedy = " Unpack it, and give the folder." if file.name.endswith((".tar", ".tgz", ".tar.gz", ".zip")) else ""
         raise InputError(f"{file} cannot be read as a list file, one entry per line: {error}.{remedy}") from error

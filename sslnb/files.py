@@ -81,9 +81,14 @@ def sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
+def expanded(path: str | os.PathLike) -> Path:
+    """`~` is the home folder. `~x` of an unknown user x, for which Path.expanduser raises, is a folder of that name."""
+    return Path(os.path.expanduser(path))
+
+
 def check_place(out: str | Path) -> None:
     """Whether `out` can be written or made, without making it. Errors: InputError."""
-    place = os.path.abspath(os.path.expanduser(out))
+    place = os.path.abspath(expanded(out))
     while not os.path.lexists(place):
         place = os.path.dirname(place)
     if not os.path.isdir(place):

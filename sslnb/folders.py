@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
+from .files import expanded
 
 EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 HIDDEN = (".", "__MACOSX", "lost+found")  # so begin the names of what is neither an image nor a folder of images
@@ -157,7 +158,7 @@ def _own(folders) -> list[str]:
 
 
 def _place(folder: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     said = repr((EXTENSIONS, os.path.abspath(folder))).encode(errors="surrogateescape")
     return cache / "sslnb" / f"images-{hashlib.sha256(said).hexdigest()[:16]}.npz"
 

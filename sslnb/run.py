@@ -27,7 +27,17 @@ from torch import nn
 
 from . import methods
 from .errors import InputError
-from .files import FULL, append_jsonl, checksum, os_error, read_jsonl, save_tensors, sync_folder, write_atomic
+from .files import (
+    FULL,
+    append_jsonl,
+    checksum,
+    expanded,
+    os_error,
+    read_jsonl,
+    save_tensors,
+    sync_folder,
+    write_atomic,
+)
 from .recipes import Recipe
 
 KEEP = 3  # newest checkpoints kept, besides the best
@@ -37,7 +47,7 @@ class Run:
     """A run directory that exists. `Run.open(path)` for reading; `pretrain` returns one."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(os.path.expanduser(path))
+        self.path = expanded(path)
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import clustering
 from .decoding import BrokenImage
 from .errors import InputError, unknown
+from .files import expanded
 from .masking import patchify, unpatchify
 from .parts import agreed, full_precision
 from .views import Normalize
@@ -160,7 +161,7 @@ class Dalle(Tokenizer):
 
     def __init__(self, path: str):
         super().__init__()
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self.encoder = DalleEncoder().requires_grad_(False)
 
     def fit(self, images, view: Callable[[list], Tensor], seed: int) -> None:

@@ -114,7 +114,7 @@ class Trainer:
         if recipe.chunk:
             in_chunks(method, recipe.chunk)
         method.to(self.device, memory_format=torch.channels_last)
-        self.method, self.trained = method, optim.trainable(method)
+        self.method, self.parameters = method, list(method.parameters())
         self.optimizer = optim.build(method.param_groups(recipe), recipe)
         model = launch.compiled(method) if settings["compile"] else method
         if self.main and settings["compile"]:
@@ -218,7 +218,7 @@ class Trainer:
         progress = (self.step + 1) / self.total
         self.method.before_step(progress)
         self.accelerator.unscale_gradients()
-        trained = [w for w in self.trained if w.grad is not None]
+        trained = [w for w in self.parameters if w.grad is not None]
         norm = get_total_norm([w.grad for w in trained])
         # fp16 skips a step whose gradients are not finite, which is no fault.
         self.finite.note(sums if self.accelerator.scaler else {**sums, "grad_norm": norm}, self.step)

@@ -165,9 +165,11 @@ bench._weigh()
 def test_what_does_not_fit_into_a_gpu_is_named(monkeypatch):
     """The processes that weigh print 0 for it."""
     recipes = {"mae": methods.recipes("mae")["demo"]}
-    said = SimpleNamespace(stdout="1000\n3000\n")
-    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **how: said)
+    said, asked = SimpleNamespace(stdout="1000\n3000\n"), []
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **how: asked.append(how["input"]) or said)
     assert bench.memory(recipes, (2, 4))["mae"].peaks == {2: 1000, 4: 3000}
+    bench.memory({"mae": recipes["mae"].with_(precision="bf16")}, (2, 4))
+    assert [text.count('"precision": "bf16"') for text in asked] == [0, 2], "in the recipe's precision"
     said.stdout = "1000\n0\n"
     with pytest.raises(InputError, match="mae: a step in fp32 with 4 images of 28 px does not fit"):
         bench.memory(recipes, (2, 4))

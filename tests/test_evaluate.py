@@ -761,6 +761,10 @@ def test_a_tilde_is_the_home_folder(source, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("RECIPES = {}\nclass Mine: pass\n")
     assert methods.get("~/mine.py:Mine").__name__ == "Mine"
     assert not (tmp_path / "~").exists()
+    shutil.copytree(source.path, tmp_path / "~of_nobody")  # the home of nobody, so a folder like others
+    assert evaluate("~of_nobody", protocols=["knn"], baselines=False)[0]["source"] == "~of_nobody"
+    with pytest.raises(InputError, match="There is no run directory or file '~gone/run'"):
+        evaluate("~gone/run")
 
 
 def test_evaluate_an_exported_folder(source, tmp_path):

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import default_collate
 
 from sslnb import Run, launch, methods, nodes, optim, prepare, pretrain
+from sslnb import train as train_module
 from sslnb.errors import InputError, NonFinite
 from sslnb.monitor import FiniteWatch, Meter, Monitor
 from sslnb.reading import EpochSampler, ViewSet, image_loader
@@ -390,9 +391,25 @@ def test_without_a_compiler_compile_is_refused_before_any_work(tiny, tmp_path, m
     run = prepare(tiny(), out=tmp_path / "run", compile=True)  # there may be one where it is trained
     with pytest.raises(InputError, match=words):
         train(run)
+    done = pretrain(tiny(epochs=1), out=tmp_path / "done")
+    again = pretrain(tiny(epochs=1), out=tmp_path / "done", compile=True)
+    assert again.path == done.path, "there is nothing to compile"
     monkeypatch.setenv("CXX", f"{sys.executable} -O")
     monkeypatch.setenv("CC", sys.executable)
     launch.can_compile()
+
+
+def test_what_begins_to_learn_later_counts_in_the_norm_from_then_on(tiny, tmp_path, monkeypatch):
+    """A hook of one's own may freeze a layer for a while; its gradient must not go unwatched and unclipped."""
+    trainer = Trainer(prepare(tiny(), out=tmp_path / "run"))
+    layer, seen = trainer.method.projector[0].weight, []
+    norm = train_module.get_total_norm
+    monkeypatch.setattr(train_module, "get_total_norm", lambda grads: seen.append(len(grads)) or norm(grads))
+    for learns in (True, False, True):
+        layer.requires_grad_(learns)
+        trainer._step(iter(trainer.loader), Meter(trainer))
+    trainer.close()
+    assert seen == [len(list(trainer.method.parameters())) - n for n in (0, 1, 0)]
 
 
 def test_a_tracker_by_name(tiny, tmp_path):

@@ -18,7 +18,7 @@ import torch
 
 from .. import limits
 from ..errors import InputError, unknown
-from ..files import append_jsonl, check_writable
+from ..files import append_jsonl, check_writable, expanded
 from ..reading import loader_workers
 from . import few_labels
 from .detection import DETECTION
@@ -116,7 +116,7 @@ def evaluate(source, data=None, protocols: Sequence[str] = ("knn", "linear"), *,
             raise InputError(f"{', '.join(sorted(wrong))} cannot be set for {name}; leave it out, or evaluate in two "
                              "calls.")
     source = open_source(source, seed, backbone)
-    folder = source.folder if out is None else Path(out).expanduser()
+    folder = source.folder if out is None else expanded(out)
     if folder is not None:
         check_writable(folder)
     train, test = _load(data or source.data or DEFAULT_DATA) if quick else (None, None)

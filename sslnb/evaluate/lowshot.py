@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError, unknown
-from ..files import append_jsonl
+from ..files import append_jsonl, expanded
 from . import voc_ap
 from .protocol import named
 from .results import result_row
@@ -201,7 +201,7 @@ def _written(voc: VocFeatures, protocol: str, numbers: dict, seed: int, out: str
     rng, test = np.random.RandomState(0), voc.targets["test"]
     chance = np.mean([average_precision(t, rng.permutation(len(t))) for t in test.T for _ in range(20)])
     row = result_row(voc.source, voc.data, protocol, {**numbers, "chance": 100 * float(chance), "n": len(test)}, seed)
-    folder = Path(out).expanduser() if out else voc.folder
+    folder = expanded(out) if out else voc.folder
     if folder:
         append_jsonl(folder / "results.jsonl", row)
     return row

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .. import backbones
 from ..draws import Draws
 from ..errors import InputError
+from ..files import expanded
 from ..geometry import CenterCrop, HorizontalFlip, ImageOp, RandomResizedCrop, Resize
 from ..parts import full_precision
 from ..recipes import Recipe
@@ -234,7 +235,7 @@ def places205_lists(root: str | Path, out: str | Path | None = None) -> Path:
     `root` has trainvalsplit_places205/{train,val}_places205.csv, whose lines are `path label` in spite of their name,
     and the images in images256/ or data/vision/torralba/deeplearning/images256/. The lists go to `root`, or to `out`.
     """
-    root = Path(root).expanduser()
+    root = expanded(root)
     places = [root / "data/vision/torralba/deeplearning/images256", root / "images256"]
     images = next((folder for folder in places if folder.is_dir()), None)
     if images is None:
@@ -248,7 +249,7 @@ def places205_lists(root: str | Path, out: str | Path | None = None) -> Path:
 
 def inat18_lists(root: str | Path, out: str | Path | None = None) -> Path:
     """iNaturalist 2018 as it is published: train2018.json, val2018.json and train_val2018/ in `root`. As above."""
-    root = Path(root).expanduser()
+    root = expanded(root)
     splits = {}
     for split in ("train", "val"):
         found = json.loads(_text(root / f"{split}2018.json"))
@@ -265,7 +266,7 @@ def _text(file: Path) -> str:
 
 def _write_lists(splits: dict[str, list[tuple]], images: Path, root: Path, out: str | Path | None) -> Path:
     """Paths count from the folder of the lists if that is `root`, else they are absolute."""
-    folder = root if out is None else Path(out).expanduser()
+    folder = root if out is None else expanded(out)
     start = images.relative_to(root).as_posix() if out is None else images.resolve().as_posix()
     folder.mkdir(parents=True, exist_ok=True)
     for split, pairs in splits.items():

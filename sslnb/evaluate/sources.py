@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import InputError
+from ..files import expanded
 from ..run import Run
 from .features import Features, calibrated, extract, raw_pixels, the_device
 
@@ -96,7 +97,7 @@ def open_source(source, seed: int, backbone: str | None = None, **numbers: objec
                          "weights or a name; of a model in memory save the state_dict() to a file, and give that and "
                          "its timm name as `backbone`.")
     if str(source).startswith("~"):
-        source = Path(source).expanduser()
+        source = expanded(source)
     if Path(source).name == "backbone.safetensors" and backbone is None:
         source = zoo.home_of(source) or source  # a run's weights are the run
     weights, exported = (Path(source, name) for name in zoo.OURS)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..data import Images
 from ..errors import InputError, unknown
+from ..files import expanded
 from ..geometry import ImageOp, Resize
 from ..reading import in_order
 from ..views import Normalize, View, Views
@@ -33,7 +34,7 @@ def voc_classes(folder: str | Path, split: str, classes: Sequence[str] | None = 
     `folder` is VOCdevkit or its VOC2007. A target is 1 if the class is there, 0 if not, and -1, which is not counted,
     if it can hardly be seen: the lists call these 1, -1 and 0. `split`: "train" is VOC's trainval, or "test".
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     root = root / "VOC2007" if (root / "VOC2007").is_dir() else root
     if split not in ("train", "test"):
         unknown("split of VOC", split, ("train", "test"))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import InputError, unknown
+from ..files import expanded
 from .base import Method
 
 METHODS = {  # name -> file:class, in the order of their years
@@ -78,7 +79,7 @@ def located(name: str) -> str:
 
 
 def _path(file: str) -> Path:
-    return Path(file if file.endswith(".py") else f"{file}.py").expanduser()
+    return expanded(file if file.endswith(".py") else f"{file}.py")
 
 
 def _same_class(one: str, other: str) -> bool:

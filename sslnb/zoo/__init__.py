@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..backbones import build
 from ..errors import InputError
+from ..files import expanded
 from ..run import Run
 from . import layouts, networks
 from .download import fetch, verify
@@ -69,13 +70,13 @@ def fresh(name: str, numbers: dict[str, Any], native: int, size: int) -> nn.Modu
 
 def find(source: str | Path) -> Model | None:
     """The row of a published file, by its name in the zoo or by the name of the file."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return of_file(path.name) if path.is_file() else MODELS.get(str(source))
 
 
 def home_of(file: str | Path) -> Path | None:
     """The run directory or exported folder that a file of weights belongs to, if its recipe is there."""
-    path = Path(file).expanduser()
+    path = expanded(file)
     home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     ours = path.name in OURS or home != path.parent
     return home if ours and (home / "recipe.json").is_file() else None
@@ -93,7 +94,7 @@ class _Opened:
 
 
 def _open(source: str | Path) -> _Opened:
-    path, row = Path(source).expanduser(), find(source)
+    path, row = expanded(source), find(source)
     if path.is_dir():
         path = next((path / name for name in OURS if (path / name).is_file()), path)
     if path.is_dir():

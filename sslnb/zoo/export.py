@@ -14,7 +14,7 @@ import torch
 from ..backbones import as_timm, small_stem
 from ..errors import InputError
 from ..evaluate.results import shown
-from ..files import save_tensors, write_atomic
+from ..files import expanded, save_tensors, write_atomic
 from ..run import Run
 
 LICENCE = "mit"
@@ -30,7 +30,7 @@ def export(run: Run, folder: str | Path | None = None, *, licence: str = LICENCE
     state = run.status().get("state")
     if state != "done":
         raise InputError(f"{run.path} is {state or 'not started'} and not done; finish it before its weights go out.")
-    folder = Path(folder or run.path / "export").expanduser()
+    folder = expanded(folder or run.path / "export")
     backbone, recipe = run.backbone(), run.recipe
     tensors = backbone.state_dict()
     theirs = to_openmmlab(tensors) if openmmlab else None
@@ -51,7 +51,7 @@ def push(folder: str | Path, repo: str, **settings: Any) -> str:
     """
     from huggingface_hub import HfApi
 
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     needed = [name for name in ("model.safetensors", "config.json", "README.md") if not (folder / name).is_file()]
     if needed:
         raise InputError(f"{folder} is no exported run: {', '.join(needed)} is not there; write it with run.export().")

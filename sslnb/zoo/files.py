@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from ..files import expanded
 
 
 class StandIn:
@@ -62,7 +63,7 @@ def read(path: str | Path) -> Any:
     Errors: InputError, one sentence, for a file that is missing, truncated, a web page, a pointer to a file, or that
     needs more than tensors and plain values.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise InputError(f"There is no file {str(path)!r}.")
     with open(path, "rb") as file:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..embedded import ASSETS
 from ..errors import InputError
+from ..files import expanded
 from ..run import Run, code_of, read_jsonl
 
 BACKBONES = {"ResNet-50": "resnet50", "ViT-Base": "vit_base_patch16_224", "ViT-Small": "vit_small_patch16_224",
@@ -77,7 +78,7 @@ def measured(folder: str | Path) -> list[dict[str, Any]]:
     newest counts.
     """
     rows: dict[tuple, dict[str, Any]] = {}
-    for file in sorted(Path(folder).expanduser().rglob("results.jsonl")):
+    for file in sorted(expanded(folder).rglob("results.jsonl")):
         run = Run(file.parent) if (file.parent / "recipe.json").exists() else None
         for row in read_jsonl(file):
             judged = _judged(row, run)
@@ -119,7 +120,7 @@ def executed(folder: str | Path) -> dict[str, list[str]]:
     import nbformat
 
     found = {}
-    for path in sorted(Path(folder).expanduser().rglob("*.ipynb")):
+    for path in sorted(expanded(folder).rglob("*.ipynb")):
         book = nbformat.read(path, as_version=4)
         if "papermill" in book.metadata:
             text = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
